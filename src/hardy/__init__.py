@@ -1,0 +1,1 @@
+"""Efficient and robust training of language models in PyTorch."""

@@ -1,0 +1,1 @@
+"""Planning on integers: no tensors, no processes."""

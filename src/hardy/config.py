@@ -1,0 +1,349 @@
+"""Configuration: nested frozen dataclasses, checked when built; to and from dicts, TOML, dotted overrides.
+
+A component writes its settings as a subclass of `Config`; limits stand in the annotations, and a string under
+each field documents it. Every refusal is a `ConfigError` that names the setting's path, the value, what is
+allowed and, for a name nobody knows, the nearest name that exists. Standard library only, so it imports fast.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+
+
+class UserError(ValueError):
+    """Something the user gave cannot work; the text says what and the way out. Shown without a traceback."""
+
+
+class ConfigError(UserError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Limits of a number, to stand in an annotation: `Annotated[float, Range(above=0)]`."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        """Whether `value` lies within; NaN never does."""
+        return (
+            not math.isnan(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """Return the limits in words, such as "at least 0 and below 1"."""
+        words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
+        limits = [
+            f"{text} {getattr(self, key):g}" for key, text in words.items() if getattr(self, key) is not None
+        ]
+        return " and ".join(limits) or "any number"
+
+
+PositiveInt = Annotated[int, Range(least=1)]
+NonNegativeInt = Annotated[int, Range(least=0)]
+PositiveFloat = Annotated[float, Range(above=0, below=math.inf)]
+NonNegativeFloat = Annotated[float, Range(least=0, below=math.inf)]
+UnitFloat = Annotated[float, Range(least=0, most=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of all settings: checks types and limits of its own fields when built.
+
+    Example:
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Meeting(Config):
+        ...     section: ClassVar[str] = "meeting"
+        ...     every_steps: PositiveInt = 8
+        >>> Meeting(every_steps=0)
+        Traceback (most recent call last):
+        ...
+        hardy.config.ConfigError: meeting.every_steps must be a whole number at least 1, got 0
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check every field; subclasses add checks between fields and call this first."""
+        for field, hint in _hints(type(self)).items():
+            checked = _convert(getattr(self, field), hint, _join(self.section, field))
+            object.__setattr__(self, field, checked)
+
+
+class Text(str):
+    """A value as typed on a command line, read by the type of the setting it lands in."""
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def from_dict(cls: type[ConfigT], data: Mapping[str, Any], *, path: str = "") -> ConfigT:
+    """Build `cls` from nested plain values; `path` is where `data` stands in the whole config.
+
+    Raises:
+        ConfigError: a key is unknown, a required one missing, or a value refused.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'the config'} must be a table of settings, got {data!r}")
+    hints = _hints(cls)
+    for key in data:
+        if key not in hints:
+            raise ConfigError(
+                unknown_name(_join(path, str(key)), "setting", [_join(path, name) for name in hints])
+            )
+    for field in dataclasses.fields(cls):
+        if field.name not in data and field.default is MISSING and field.default_factory is MISSING:
+            raise ConfigError(f"{_join(path, field.name)} is required")
+    return cls(**{key: _convert(value, hints[key], _join(path, key)) for key, value in data.items()})
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Return the config as nested plain values, defaults included; `from_dict` takes it back."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {key: to_dict(value) if isinstance(value, Config) else value for key, value in values.items()}
+
+
+def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data` with the dotted `changes` laid over it; later keys win, `data` is left alone.
+
+    A table may be given at once (`{"optim": {"lr": 1e-3}}`) or by path (`{"optim.lr": 1e-3}`).
+    """
+    result = {
+        key: override(value, {}) if isinstance(value, Mapping) else value for key, value in data.items()
+    }
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        table = result
+        for parent in parents:
+            inner = table.get(parent)
+            table[parent] = table = inner if isinstance(inner, dict) else {}
+        old = table.get(last)
+        both_tables = isinstance(value, Mapping) and isinstance(old, Mapping)
+        table[last] = override(old, value) if both_tables else value
+    return result
+
+
+def keep_known(cls: type[Config], data: Mapping[str, Any], *, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data` without what the newly `chosen` variants do not have.
+
+    When an override switches `optim.name`, the recipe's settings that the new optimizer shares stay (learning
+    rate, schedule) and the others go; what the user gave is never dropped, so a misspelling is refused.
+    """
+    result = dict(data)
+    for name, hint in _hints(cls).items():
+        value = result.get(name)
+        given = chosen.get(name, {})
+        if not isinstance(value, Mapping) or not isinstance(given, Mapping):
+            continue
+        variant = _variant(_members(hint), override(value, given).get("name"))
+        if variant is not None:
+            known = _hints(variant)
+            result[name] = keep_known(
+                variant, {key: item for key, item in value.items() if key in known}, chosen=given
+            )
+    return result
+
+
+def parse_dotted(arguments: Iterable[str]) -> dict[str, Any]:
+    """Read `--a.b value` and `--a.b=value` pairs into nested tables of `Text`.
+
+    Raises:
+        ConfigError: a word is no option, or an option has no value.
+    """
+    changes: dict[str, Any] = {}
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--") or "." not in word.split("=", 1)[0]:
+            raise ConfigError(f"{word!r} is not a setting; settings are written --section.name value")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"--{name} needs a value")
+        changes = override(changes, {name.replace("-", "_"): Text(value)})
+    return changes
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file; a fault in it is a `ConfigError` with the line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def unknown_name(name: str, kind: str, known: Iterable[str]) -> str:
+    """Return the text that refuses `name` and says which name was probably meant."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting as documentation shows it."""
+
+    path: str
+    allowed: str
+    default: Any
+    doc: str
+
+
+def settings_of(cls: type[Config], *, path: str = "") -> Iterator[Setting]:
+    """Yield every setting below `cls`, depth first, in the order of definition."""
+    docs = _field_docs(cls)
+    hints = _hints(cls)
+    for field in dataclasses.fields(cls):
+        here = _join(path, field.name)
+        members = [member for member in _members(hints[field.name]) if _is_config(member)]
+        if members:
+            for member in members:
+                yield from settings_of(member, path=here)
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        yield Setting(
+            path=here, allowed=_allowed(hints[field.name]), default=default, doc=docs.get(field.name, "")
+        )
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """Return `value` as the type `hint` wants it, or raise."""
+    if isinstance(value, Text):
+        value = _read_text(value, hint)
+    members = _members(hint)
+    if isinstance(value, Mapping):
+        variants = [member for member in members if _is_config(member)]
+        if not variants:
+            raise ConfigError(f"{path} must be {_allowed(hint)}, got the table {dict(value)!r}")
+        name = value.get("name")
+        variant = variants[0] if len(variants) == 1 else _variant(variants, name)
+        if variant is None:
+            names = [_hints(member)["name"].__args__[0] for member in variants]
+            raise ConfigError(unknown_name(str(name), f"{path}.name", names))
+        return from_dict(variant, value, path=path)
+    for member in members:
+        found, converted = _accept(value, member)
+        if found:
+            return converted
+    raise ConfigError(f"{path} must be {_allowed(hint)}, got {value!r}" + _nearest_choice(value, members))
+
+
+def _accept(value: Any, member: Any) -> tuple[bool, Any]:
+    """Return whether `value` fits one type and the value as that type."""
+    origin, arguments = typing.get_origin(member), typing.get_args(member)
+    if origin is Annotated:
+        found, converted = _accept(value, arguments[0])
+        return found and all(converted in limit for limit in arguments[1:]), converted
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in arguments), value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False, value
+        parts = [_accept(item, arguments[0]) for item in value]
+        return all(found for found, _ in parts), tuple(converted for _, converted in parts)
+    if member is float and type(value) is int:
+        return True, float(value)
+    return type(value) is member or (_is_config(member) and isinstance(value, member)), value
+
+
+def _read_text(text: str, hint: Any) -> Any:
+    """Read a word of a command line as the type `hint` wants; left a string where nothing else fits."""
+    kinds = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(hint)]
+    if type(None) in kinds and text.lower() in ("none", "null"):
+        return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text.replace("_", ""))
+            except ValueError:
+                continue
+    if any(typing.get_origin(kind) is tuple for kind in kinds):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    return str(text)
+
+
+@functools.cache
+def _hints(cls: type[Config]) -> dict[str, Any]:
+    """Return the annotations of the fields, limits included, class variables left out."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the alternatives of a union, or the one type."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _is_config(member: Any) -> bool:
+    return isinstance(member, type) and issubclass(member, Config)
+
+
+def _variant(members: Iterable[Any], name: Any) -> Any:
+    """Return the config class among `members` whose `name` is `name`; the only class needs no name."""
+    variants = [member for member in members if _is_config(member)]
+    if len(variants) == 1:
+        return variants[0]
+    return next((member for member in variants if name in typing.get_args(_hints(member).get("name"))), None)
+
+
+def _allowed(hint: Any) -> str:
+    """Say in words what a setting takes."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
+    parts: list[str] = []
+    for member in _members(hint):
+        origin, arguments = typing.get_origin(member), typing.get_args(member)
+        if origin is Annotated:
+            limits = " and ".join(str(limit) for limit in arguments[1:])
+            parts.append(limits if arguments[0] is float else f"a whole number {limits}")
+        elif origin is Literal:
+            parts.append("one of " + ", ".join(map(str, arguments)))
+        elif origin is tuple:
+            parts.append("a list of " + _allowed(arguments[0]))
+        else:
+            parts.append("a table of settings" if _is_config(member) else words.get(member, str(member)))
+    return " or ".join(parts)
+
+
+def _nearest_choice(value: Any, members: Iterable[Any]) -> str:
+    choices = [str(c) for m in members if typing.get_origin(m) is Literal for c in typing.get_args(m)]
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """Return the string that stands under each field of a class, bases first."""
+    docs = _field_docs(cls.__mro__[1]) if _is_config(cls.__mro__[1]) else {}
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    for statement, below in zip(statements, statements[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                docs[statement.target.id] = inspect.cleandoc(str(below.value.value))
+    return docs

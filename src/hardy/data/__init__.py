@@ -1,0 +1,1 @@
+"""From text to packed batches, each step a function of (seed, step)."""

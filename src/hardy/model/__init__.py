@@ -1,0 +1,1 @@
+"""One small Llama-like decoder."""

@@ -1,0 +1,1 @@
+"""One plain file per paper: float64, the paper's letters, torch only."""

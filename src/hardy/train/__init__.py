@@ -1,0 +1,1 @@
+"""The loop: step, hooks, checkpoints, metrics."""
