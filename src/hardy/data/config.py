@@ -15,7 +15,7 @@ class DataConfig(Config):
     """pydocs (Python sources and docs installed on this machine), files:GLOB[,GLOB...],
     hf:NAME_OR_PATH[:SPLIT], or synthetic:DISTRIBUTION[,key=value...]."""
     tokenizer: str = "bytes"
-    """bytes, bpe:SIZE (trained on the corpus, cached), or a path to a tokenizer.json or Hugging Face folder."""
+    """bytes, bpe:SIZE (trained on the corpus, cached), or the path of a tokenizer.json or its folder."""
     text_field: str = "text"
     """Field of a JSON line or Parquet row that holds the document."""
     pack_tokens: PositiveInt = 256

@@ -29,9 +29,9 @@ class MeshConfig(Config):
         replicas = self.replicas or max(num_workers // self.shards, 1)
         if replicas * self.shards != num_workers:
             raise ConfigError(
-                f"strategy.mesh of {replicas} replicas x {self.shards} shards needs {replicas * self.shards} "
-                f"workers, but {num_workers} run; set strategy.mesh.replicas and strategy.mesh.shards so that "
-                f"their product is {num_workers}, or start another number of workers"
+                f"strategy.mesh of {replicas} replicas x {self.shards} shards needs "
+                f"{replicas * self.shards} workers, but {num_workers} run; set strategy.mesh.replicas and "
+                f"strategy.mesh.shards so that their product is {num_workers}, or start other workers"
             )
         return replicas, self.shards
 
