@@ -6,11 +6,13 @@ allowed and, for a name nobody knows, the nearest name that exists. Standard lib
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
 import math
+import sys
 import textwrap
 import tomllib
 import types
@@ -18,7 +20,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeGuard, TypeVar, Union
 
 
 class UserError(ValueError):
@@ -49,12 +51,10 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """Return the limits in words, such as "at least 0 and below 1"."""
+        """Return the limits in words, such as "at least 0 and below 1"; infinity goes without saying."""
         words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
-        limits = [
-            f"{text} {getattr(self, key):g}" for key, text in words.items() if getattr(self, key) is not None
-        ]
-        return " and ".join(limits) or "any number"
+        limits = ((text, getattr(self, key)) for key, text in words.items())
+        return " and ".join(f"{text} {limit:g}" for text, limit in limits if limit not in (None, math.inf))
 
 
 PositiveInt = Annotated[int, Range(least=1)]
@@ -101,7 +101,7 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], *, path: str = "") ->
     Raises:
         ConfigError: a key is unknown, a required one missing, or a value refused.
     """
-    if not isinstance(data, Mapping):
+    if not _is_table(data):
         raise ConfigError(f"{path or 'the config'} must be a table of settings, got {data!r}")
     hints = _hints(cls)
     for key in data:
@@ -126,18 +126,13 @@ def override(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
     A table may be given at once (`{"optim": {"lr": 1e-3}}`) or by path (`{"optim.lr": 1e-3}`).
     """
-    result = {
-        key: override(value, {}) if isinstance(value, Mapping) else value for key, value in data.items()
-    }
+    result = {key: override(value, {}) if _is_table(value) else value for key, value in data.items()}
     for dotted, value in changes.items():
-        *parents, last = dotted.split(".")
-        table = result
-        for parent in parents:
-            inner = table.get(parent)
-            table[parent] = table = inner if isinstance(inner, dict) else {}
-        old = table.get(last)
-        both_tables = isinstance(value, Mapping) and isinstance(old, Mapping)
-        table[last] = override(old, value) if both_tables else value
+        name, _, rest = dotted.partition(".")
+        old = result.get(name)
+        if rest:
+            value = {rest: value}
+        result[name] = override(old if _is_table(old) else {}, value) if _is_table(value) else value
     return result
 
 
@@ -149,16 +144,14 @@ def keep_known(cls: type[Config], data: Mapping[str, Any], *, chosen: Mapping[st
     """
     result = dict(data)
     for name, hint in _hints(cls).items():
-        value = result.get(name)
-        given = chosen.get(name, {})
-        if not isinstance(value, Mapping) or not isinstance(given, Mapping):
+        value, given = result.get(name), chosen.get(name, {})
+        if not _is_table(value) or not _is_table(given):
             continue
-        variant = _variant(_members(hint), override(value, given).get("name"))
+        variant = _variant(_members(hint), given.get("name", value.get("name")))
         if variant is not None:
             known = _hints(variant)
-            result[name] = keep_known(
-                variant, {key: item for key, item in value.items() if key in known}, chosen=given
-            )
+            shared = {key: item for key, item in value.items() if key in known}
+            result[name] = keep_known(variant, shared, chosen=given)
     return result
 
 
@@ -190,13 +183,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"there is no config file {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}") from None
 
 
 def unknown_name(name: str, kind: str, known: Iterable[str]) -> str:
     """Return the text that refuses `name` and says which name was probably meant."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else "."
+    shared = name.rpartition(".")[0] + "."
+    if not all(other.startswith(shared) for other in known):
+        shared = ""
+    ends = [other.removeprefix(shared) for other in known]
+    close = difflib.get_close_matches(name.removeprefix(shared), ends, n=1, cutoff=0.5)
+    hint = f"; did you mean {shared + close[0]!r}?" if close else "."
     return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
 
 
@@ -207,46 +206,47 @@ class Setting:
     path: str
     allowed: str
     default: Any
+    """`dataclasses.MISSING` where the setting is required."""
     doc: str
+    when: str = ""
+    """The choice that has this setting, such as "optim.name=adamw"; empty where there is no choice."""
 
 
-def settings_of(cls: type[Config], *, path: str = "") -> Iterator[Setting]:
-    """Yield every setting below `cls`, depth first, in the order of definition."""
+def settings_of(cls: type[Config], *, path: str = "", when: str = "") -> Iterator[Setting]:
+    """Yield every setting below `cls`, depth first, in the order of definition; each variant in turn."""
     docs = _field_docs(cls)
     hints = _hints(cls)
     for field in dataclasses.fields(cls):
-        here = _join(path, field.name)
-        members = [member for member in _members(hints[field.name]) if _is_config(member)]
-        if members:
-            for member in members:
-                yield from settings_of(member, path=here)
-            continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        yield Setting(
-            path=here, allowed=_allowed(hints[field.name]), default=default, doc=docs.get(field.name, "")
-        )
+        here, hint = _join(path, field.name), hints[field.name]
+        variants = _variants(hint)
+        for variant in variants:
+            choice = f"{here}.name={_name_of(variant)}" if len(variants) > 1 else when
+            yield from settings_of(variant, path=here, when=choice)
+        if not variants:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            doc = docs.get(field.name, "")
+            yield Setting(path=here, allowed=_allowed(hint), default=default, doc=doc, when=when)
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:
     """Return `value` as the type `hint` wants it, or raise."""
     if isinstance(value, Text):
         value = _read_text(value, hint)
-    members = _members(hint)
-    if isinstance(value, Mapping):
-        variants = [member for member in members if _is_config(member)]
-        if not variants:
-            raise ConfigError(f"{path} must be {_allowed(hint)}, got the table {dict(value)!r}")
-        name = value.get("name")
-        variant = variants[0] if len(variants) == 1 else _variant(variants, name)
+    variants = _variants(hint)
+    if _is_table(value) and variants:
+        variant = _variant(variants, value.get("name"))
         if variant is None:
-            names = [_hints(member)["name"].__args__[0] for member in variants]
-            raise ConfigError(unknown_name(str(name), f"{path}.name", names))
+            names = [_name_of(variant) for variant in variants]
+            if "name" not in value:
+                raise ConfigError(f"{path}.name is required, one of {', '.join(names)}")
+            raise ConfigError(unknown_name(str(value["name"]), f"{path}.name", names))
         return from_dict(variant, value, path=path)
-    for member in members:
+    for member in _members(hint):
         found, converted = _accept(value, member)
         if found:
             return converted
-    raise ConfigError(f"{path} must be {_allowed(hint)}, got {value!r}" + _nearest_choice(value, members))
+    got = f"the table {dict(value)!r}" if _is_table(value) else repr(value)
+    raise ConfigError(f"{path} must be {_allowed(hint)}, got {got}" + _nearest_choice(value, hint))
 
 
 def _accept(value: Any, member: Any) -> tuple[bool, Any]:
@@ -258,30 +258,32 @@ def _accept(value: Any, member: Any) -> tuple[bool, Any]:
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments), value
     if origin is tuple:
-        if not isinstance(value, list | tuple):
+        if not _is_list(value):
             return False, value
         parts = [_accept(item, arguments[0]) for item in value]
         return all(found for found, _ in parts), tuple(converted for _, converted in parts)
     if member is float and type(value) is int:
-        return True, float(value)
+        return abs(value) <= sys.float_info.max, float(value) if abs(value) <= sys.float_info.max else value
     return type(value) is member or (_is_config(member) and isinstance(value, member)), value
 
 
 def _read_text(text: str, hint: Any) -> Any:
     """Read a word of a command line as the type `hint` wants; left a string where nothing else fits."""
     kinds = [typing.get_args(m)[0] if typing.get_origin(m) is Annotated else m for m in _members(hint)]
+    choices = {str(choice): choice for kind in kinds for choice in _choices(kind)}
+    lists = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    if text in choices:
+        return choices[text]
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
     if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
         if kind in kinds:
-            try:
-                return kind(text.replace("_", ""))
-            except ValueError:
-                continue
-    if any(typing.get_origin(kind) is tuple for kind in kinds):
-        return [part.strip() for part in text.split(",") if part.strip()]
+            with contextlib.suppress(ValueError):
+                return kind(text)
+    if lists:
+        return [_read_text(part.strip(), lists[0]) for part in text.split(",") if part.strip()]
     return str(text)
 
 
@@ -297,16 +299,39 @@ def _members(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _is_config(member: Any) -> bool:
+def _is_table(value: object) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, list | tuple)
+
+
+def _is_config(member: object) -> TypeGuard[type[Config]]:
     return isinstance(member, type) and issubclass(member, Config)
 
 
-def _variant(members: Iterable[Any], name: Any) -> Any:
+def _variants(hint: Any) -> list[type[Config]]:
+    """Return the config classes among the alternatives of a union."""
+    return [member for member in _members(hint) if _is_config(member)]
+
+
+def _variant(members: Iterable[Any], name: object) -> type[Config] | None:
     """Return the config class among `members` whose `name` is `name`; the only class needs no name."""
     variants = [member for member in members if _is_config(member)]
     if len(variants) == 1:
         return variants[0]
-    return next((member for member in variants if name in typing.get_args(_hints(member).get("name"))), None)
+    return next((variant for variant in variants if _name_of(variant) == name), None)
+
+
+def _name_of(variant: type[Config]) -> str:
+    """Return the name by which a variant of a choice is chosen."""
+    return str(_choices(_hints(variant)["name"])[0])
+
+
+def _choices(member: Any) -> tuple[Any, ...]:
+    """Return the values a `Literal` allows; none for another type."""
+    return typing.get_args(member) if typing.get_origin(member) is Literal else ()
 
 
 def _allowed(hint: Any) -> str:
@@ -317,7 +342,7 @@ def _allowed(hint: Any) -> str:
         origin, arguments = typing.get_origin(member), typing.get_args(member)
         if origin is Annotated:
             limits = " and ".join(str(limit) for limit in arguments[1:])
-            parts.append(limits if arguments[0] is float else f"a whole number {limits}")
+            parts.append(f"{words[arguments[0]]} {limits}")
         elif origin is Literal:
             parts.append("one of " + ", ".join(map(str, arguments)))
         elif origin is tuple:
@@ -327,9 +352,12 @@ def _allowed(hint: Any) -> str:
     return " or ".join(parts)
 
 
-def _nearest_choice(value: Any, members: Iterable[Any]) -> str:
-    choices = [str(c) for m in members if typing.get_origin(m) is Literal for c in typing.get_args(m)]
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+def _nearest_choice(value: object, hint: Any) -> str:
+    """Return "; did you mean ...?" where a word is close to one that is allowed."""
+    kinds = [typing.get_args(m)[0] if typing.get_origin(m) is tuple else m for m in _members(hint)]
+    choices = [str(choice) for kind in kinds for choice in _choices(kind)]
+    words = [str(item) for item in (value if _is_list(value) else [value]) if str(item) not in choices]
+    close = [match for word in words for match in difflib.get_close_matches(word, choices, n=1, cutoff=0.7)]
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
@@ -340,7 +368,10 @@ def _join(path: str, name: str) -> str:
 def _field_docs(cls: type) -> dict[str, str]:
     """Return the string that stands under each field of a class, bases first."""
     docs = _field_docs(cls.__mro__[1]) if _is_config(cls.__mro__[1]) else {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except OSError:  # defined where no source can be found, such as at a prompt
+        return docs
     statements = body.body if isinstance(body, ast.ClassDef) else []
     for statement, below in zip(statements, statements[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from hardy.config import Config, ConfigError, PositiveInt
+from hardy.config import Config, ConfigError, NonNegativeFloat, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +48,18 @@ class SynchronousConfig(Config):
 
 
 StrategyConfig = SynchronousConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig(Config):
+    """The machines and the network that `SimWorld` plays. The default costs no time at all."""
+
+    section: ClassVar[str] = "cluster"
+    bandwidth_bytes_per_s: PositiveFloat | None = None
+    """Bytes a worker's link sends per second; none means infinitely many."""
+    latency_s: NonNegativeFloat = 0.0
+    """Seconds before a message arrives, whatever its size."""
+    slow_factors: tuple[PositiveFloat, ...] = ()
+    """Worker r takes slow_factors[r] times as long for its work as an ordinary worker; not listed is 1."""
+    variation_sigma: NonNegativeFloat = 0.0
+    """Spread of the natural logarithm of the time that equal work takes (lognormal around the same mean)."""

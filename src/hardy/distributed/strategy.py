@@ -3,13 +3,21 @@
 Paper: none; the base of all strategies here. `Synchronous` is ordinary data parallelism.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from hardy.distributed.comm import Communicator
+from hardy.distributed.config import StrategyConfig, SynchronousConfig
+from hardy.distributed.sharded import averages_in_backward
+
+BUCKET_BYTES = 25_000_000
+"""Gradients travel in buckets of about this size: large enough that latency does not count."""
 
 
 class Strategy:
@@ -42,8 +50,8 @@ class Strategy:
 def watch_units(model: nn.Module, names: Iterable[str], strategy: Strategy) -> list[RemovableHandle]:
     """Call `strategy.before_module_forward` before each unit; attach after `fully_shard`.
 
-    Prepended, so that the strategy acts before FSDP2 gathers the unit; appended, the unit would compute with old
-    weights.
+    Prepended, so that the strategy acts before FSDP2 gathers the unit; appended, the unit would compute with
+    old weights.
     """
 
     def before(name: str, _module: nn.Module, _args: object) -> None:
@@ -51,3 +59,61 @@ def watch_units(model: nn.Module, names: Iterable[str], strategy: Strategy) -> l
 
     units = [(name, model.get_submodule(name)) for name in names]
     return [unit.register_forward_pre_hook(partial(before, name), prepend=True) for name, unit in units]
+
+
+class Synchronous(Strategy):
+    """Every worker contributes to every step: gradients are averaged before the optimizer sees them.
+
+    A model wrapped by `parallelize` has averaged them in its backward pass, so nothing is left to do. A plain
+    model (simulated workers, or processes without a wrapper) is averaged here, in buckets. A parameter
+    without gradient on this worker contributes zeros, so all workers send the same; it has a gradient
+    afterwards, which is zero when no worker had one.
+
+    Args:
+        model: the model as it is trained, wrapped or plain.
+        comm: all workers.
+
+    Reference: S. Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel Training", 2020.
+    """
+
+    def __init__(self, model: nn.Module, comm: Communicator) -> None:
+        reduces_here = comm.size > 1 and not averages_in_backward(model)
+        self._parameters = [p for p in model.parameters() if p.requires_grad] if reduces_here else []
+        self._comm = comm
+
+    def reduce_gradients(self) -> None:
+        """Average the gradients of a plain model over the workers, in place."""
+        for bucket in buckets(self._parameters, bucket_bytes=BUCKET_BYTES):
+            for param in bucket:
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param)
+            grads = [param.grad for param in bucket if param.grad is not None]
+            mean = self._comm.mean(torch.cat([grad.reshape(-1) for grad in grads]))
+            for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+
+def buckets(parameters: Iterable[Tensor], *, bucket_bytes: int) -> Iterator[list[Tensor]]:
+    """Group parameters of one dtype and device, in order, until a group holds `bucket_bytes`."""
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for param in parameters:
+        bucket = open_buckets.setdefault((param.dtype, param.device), [])
+        bucket.append(param)
+        if sum(member.nbytes for member in bucket) >= bucket_bytes:
+            yield open_buckets.pop((param.dtype, param.device))
+    yield from open_buckets.values()
+
+
+def _build_synchronous(_config: SynchronousConfig, model: nn.Module, comm: Communicator) -> Strategy:
+    return Synchronous(model, comm)
+
+
+STRATEGIES: dict[str, Callable[[Any, nn.Module, Communicator], Strategy]] = {
+    "synchronous": _build_synchronous
+}
+"""What `strategy.name` may be. A new strategy is its file, its config class and its line here."""
+
+
+def build_strategy(config: StrategyConfig, model: nn.Module, comm: Communicator) -> Strategy:
+    """Return the strategy that `config` describes, for the model as it is trained and all workers."""
+    return STRATEGIES[config.name](config, model, comm)

@@ -1,0 +1,52 @@
+"""What the environment says: where caches live, and which worker this process is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hardy.config import UserError
+from hardy.train.plan import World
+
+
+def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
+    """Return the cache folder: the option, else HARDY_CACHE, else XDG_CACHE_HOME/hardy, else ~/.cache/hardy.
+
+    Example:
+        >>> cache_dir(None, {"XDG_CACHE_HOME": "/var/cache"}).as_posix()
+        '/var/cache/hardy'
+    """
+    if option or environment.get("HARDY_CACHE"):
+        return Path(option or environment["HARDY_CACHE"]).expanduser()
+    parent = environment.get("XDG_CACHE_HOME")
+    return (Path(parent) if parent else Path("~/.cache").expanduser()) / "hardy"
+
+
+def world(environment: Mapping[str, str]) -> World:
+    """Return which worker this process is; alone unless a launcher set RANK and WORLD_SIZE.
+
+    `hardy train --workers N` sets HARDY_MEETING, the address of a file; torchrun sets MASTER_ADDR and
+    MASTER_PORT.
+
+    Raises:
+        UserError: a variable is missing or no number.
+    """
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        return World()
+    numbers: dict[str, int] = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        text = environment.get(name, "0" if name == "LOCAL_RANK" else "")
+        if not text.isdecimal():
+            raise UserError(
+                f"the launcher set {name}={text!r}, which is no number; start workers by `hardy train "
+                f"--workers N` or torchrun, which set RANK, WORLD_SIZE and LOCAL_RANK"
+            )
+        numbers[name] = int(text)
+    if not numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
+    address = environment.get("HARDY_MEETING")
+    if address is None and numbers["WORLD_SIZE"] > 1:
+        if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+            raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT, where the workers meet")
+        address = "env://"
+    return World(
+        rank=numbers["RANK"], size=numbers["WORLD_SIZE"], local_rank=numbers["LOCAL_RANK"], address=address
+    )

@@ -1,0 +1,19 @@
+"""How the command ends other than well, and the exit codes."""
+
+SUCCESS = 0
+FAILURE = 1
+"""Something broke; the run did not come to its end."""
+USER_ERROR = 2
+"""What was asked for cannot work; the text says the way out."""
+INTERRUPTED = 130
+"""Ended by Ctrl-C (SIGINT)."""
+TERMINATED = 143
+"""Ended by SIGTERM."""
+
+
+class CommandFailedError(Exception):
+    """The command failed in a way that is understood; the text is all the user needs. Exit code 1."""
+
+
+class Terminated(BaseException):
+    """SIGTERM came where nothing was there to be saved. Exit code 143."""

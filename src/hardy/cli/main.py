@@ -1,0 +1,123 @@
+"""The command `hardy`: a table of verbs, and what its exit code means.
+
+Nothing heavy is imported before a verb needs it, so that help and refusals come at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+
+from hardy.cli import failure
+from hardy.cli.parser import Parser, split_settings
+from hardy.config import UserError, unknown_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One verb; its module has `add_<verb>(parser)`, `<verb>_verb(arguments)` and perhaps `<verb>_help()`."""
+
+    module: str
+    about: str
+    takes_settings: bool = False
+    """Whether `--section.name value` is understood; the handler finds the words in `arguments.settings`."""
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb(module="train", about="train a recipe or a TOML file", takes_settings=True),
+    "resume": Verb(module="train", about="go on with a run from its newest checkpoint", takes_settings=True),
+    "generate": Verb(module="weights", about="let a trained model write"),
+    "export": Verb(module="weights", about="write a run's model as a Hugging Face folder"),
+    "import": Verb(module="weights", about="make a run folder of a Hugging Face model"),
+    "data": Verb(module="data", about="look at what a run would read", takes_settings=True),
+    "doctor": Verb(module="doctor", about="say what this machine can do and what is missing"),
+    "version": Verb(module="doctor", about="print the version"),
+}
+
+
+def run() -> None:
+    """Entry point of the command."""
+    logging.basicConfig(level=logging.WARNING, format="hardy: %(message)s")
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the command line `words` and return its exit code: 0, 1, 2, 130 or 143 (see `failure`)."""
+    try:
+        return _dispatch(list(words))
+    except UserError as error:
+        return _say(str(error), failure.USER_ERROR)
+    except failure.CommandFailedError as error:
+        return _say(str(error), failure.FAILURE)
+    except KeyboardInterrupt:
+        return _say("interrupted", failure.INTERRUPTED)
+    except failure.Terminated:
+        return _say("terminated", failure.TERMINATED)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the flush at exit would fail again
+        return failure.FAILURE
+    except Exception:
+        traceback.print_exc()
+        return _say(
+            "this is a fault of hardy's own; please report it with the lines above, the command line and the "
+            "output of `hardy doctor --json`",
+            failure.FAILURE,
+        )
+
+
+def _say(text: str, code: int) -> int:
+    print(f"hardy: {text}", file=sys.stderr)
+    return code
+
+
+def _dispatch(words: list[str]) -> int:
+    """Find the verb, parse its words, run it."""
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_help())
+        return failure.SUCCESS if words else failure.USER_ERROR
+    name = {"--version": "version"}.get(words[0], words[0])
+    if name not in VERBS:
+        kind = "option" if name.startswith("-") else "verb"
+        raise UserError(unknown_name(name, kind, [*VERBS, "--help", "--version"]) + " (see `hardy --help`)")
+    verb = VERBS[name]
+    module = import_module(f"hardy.cli.{verb.module}")
+    handler: Callable[[argparse.Namespace], int] = getattr(module, f"{name}_verb")
+    parser = Parser(
+        prog=f"hardy {name}", description=verb.about, long_help=getattr(module, f"{name}_help", None)
+    )
+    getattr(module, f"add_{name}")(parser)
+    others, settings = split_settings(words[1:]) if verb.takes_settings else (words[1:], [])
+    try:
+        arguments = parser.parse(others, settings=_setting_paths if verb.takes_settings else list)
+    except SystemExit:  # argparse ends so after printing help
+        return failure.SUCCESS
+    arguments.settings, arguments.words = settings, words
+    return handler(arguments)
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    return "\n".join(
+        [
+            "usage: hardy VERB ...",
+            "",
+            "Efficient and robust training of language models.",
+            "",
+            *(f"  {name:<{width}}  {verb.about}" for name, verb in VERBS.items()),
+            "",
+            "`hardy VERB --help` says more; `hardy train --help` lists all recipes and settings.",
+        ]
+    )
+
+
+def _setting_paths() -> list[str]:
+    from hardy.config import settings_of
+    from hardy.train.config import TrainConfig
+
+    return [setting.path for setting in settings_of(TrainConfig)]

@@ -1,0 +1,74 @@
+"""argparse as hardy wants it: errors as exceptions, nearest names, settings kept apart from options."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from hardy.config import UserError, unknown_name
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises `UserError` instead of ending the process, and may add long help on demand."""
+
+    def __init__(self, *args: Any, long_help: Callable[[], str] | None = None, **kwargs: Any) -> None:
+        super().__init__(
+            *args, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
+        self._long_help = long_help
+
+    def format_help(self) -> str:
+        """Return the usual help with the long part below it."""
+        return super().format_help() + (f"\n{self._long_help()}\n" if self._long_help else "")
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+    def parse(
+        self, words: Sequence[str], *, settings: Callable[[], Sequence[str]] = list
+    ) -> argparse.Namespace:
+        """Parse all of `words`; an unknown option is refused with the nearest that exists.
+
+        Args:
+            words: the command line after the verb.
+            settings: returns the paths of settings, which an unknown option may have meant.
+        """
+        arguments, unknown = self.parse_known_args(words)
+        for word in unknown:
+            name = word.split("=", 1)[0]
+            if name.startswith("-"):
+                raise UserError(self._unknown_option(name, settings()))
+        if unknown:
+            raise UserError(f"{unknown[0]!r} is one word too many (see `{self.prog} --help`)")
+        return arguments
+
+    def _unknown_option(self, name: str, settings: Sequence[str]) -> str:
+        leaf = name.lstrip("-").replace("-", "_")
+        meant = sorted(path for path in settings if path.rpartition(".")[2] == leaf)
+        if meant:
+            return f"there is no option {name!r}; did you mean the setting {'--' + meant[0]!r}?"
+        options = [
+            option for action in self._actions for option in action.option_strings if option[:2] == "--"
+        ]
+        return unknown_name(name, "option", options)
+
+
+def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return (other words, settings): a setting is `--section.name value` or `--section.name=value`.
+
+    Example:
+        >>> split_settings(["tiny", "--optim.lr", "0.1", "--json", "--train.steps=5"])
+        (['tiny', '--json'], ['--optim.lr', '0.1', '--train.steps=5'])
+    """
+    others: list[str] = []
+    settings: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if word.startswith("--") and "." in name:
+            settings.append(word)
+            if not equals:
+                settings += [value for value in [next(rest, None)] if value is not None]
+        else:
+            others.append(word)
+    return others, settings

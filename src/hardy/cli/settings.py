@@ -1,0 +1,145 @@
+"""From words on a command line to a checked run: a recipe or a TOML file, then `--section.name value`."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hardy.config import (
+    ConfigError,
+    Setting,
+    from_dict,
+    keep_known,
+    override,
+    parse_dotted,
+    read_toml,
+    settings_of,
+    to_dict,
+    unknown_name,
+)
+from hardy.recipes.table import RECIPES, recipe
+from hardy.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A run as asked for."""
+
+    name: str
+    """The recipe's name, or the file's without its ending; names the run folder."""
+    config: TrainConfig
+
+
+def resolve(target: str, arguments: Sequence[str] = ()) -> Resolved:
+    """Return the run that `target` names, with the `--section.name value` pairs of `arguments` laid over it.
+
+    Args:
+        target: a recipe, or the path of a TOML file, which may name a recipe as its base: `recipe = "tiny"`.
+        arguments: pairs as typed; later ones win.
+
+    Example:
+        >>> resolve("tiny", ["--optim.lr", "0.01"]).config.optim.lr
+        0.01
+
+    Raises:
+        ConfigError: a name is unknown or a value refused.
+    """
+    if target.endswith(".toml") or ("/" in target and Path(target).is_file()):
+        name, config = Path(target).stem, _from_file(Path(target))
+    elif target.replace("-", "_") in RECIPES:
+        name, config = target.replace("-", "_"), recipe(target)
+    else:
+        raise ConfigError(unknown_name(target, "recipe", RECIPES) + "; or give the path of a .toml file")
+    return Resolved(name=name, config=change(config, parse_dotted(arguments)))
+
+
+def change(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """Return `config` with `changes` laid over it; switching a choice keeps what the new one shares.
+
+    Raises:
+        ConfigError: a setting is unknown or a value refused.
+    """
+    changes = override({}, changes)
+    base = keep_known(TrainConfig, to_dict(config), chosen=changes)
+    try:
+        return from_dict(TrainConfig, override(base, changes))
+    except ConfigError as error:
+        raise ConfigError(_misplaced(changes, error) or str(error)) from None
+
+
+def _from_file(path: Path) -> TrainConfig:
+    """Read a TOML file over its base."""
+    data = read_toml(path)
+    base = data.pop("recipe", None)
+    if base is not None and not isinstance(base, str):
+        raise ConfigError(f"recipe in {path} must be the name of a recipe, got {base!r}")
+    try:
+        return change(TrainConfig() if base is None else recipe(base), data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _misplaced(changes: Mapping[str, Any], error: ConfigError) -> str | None:
+    """Return a better text than `error` for a setting of another section, or of a variant not chosen."""
+    settings = list(settings_of(TrainConfig))
+    for path in _paths(changes):
+        refusal = f"there is no setting {path!r}"
+        if not str(error).startswith(refusal):
+            continue
+        variants = [setting.when for setting in settings if setting.path == path]
+        if variants:
+            return f"{refusal} here; it belongs to {' and '.join(variants)}"
+        leaf = path.rpartition(".")[2]
+        others = sorted(setting.path for setting in settings if setting.path.rpartition(".")[2] == leaf)
+        if others:
+            return f"{refusal}; did you mean {others[0]!r}?"
+    return None
+
+
+def _paths(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _paths(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def settings_text(recipes_only: bool = False) -> str:
+    """Return the recipes and all settings as `hardy train --help` shows them."""
+    width = max(map(len, RECIPES))
+    lines = ["recipes:"]
+    for name, build in RECIPES.items():
+        lines.append(f"  {name:<{width}}  {(build.__doc__ or '').strip().splitlines()[0]}")
+    if recipes_only:
+        return "\n".join(lines)
+    lines += ["", "settings, given as --section.name value; in a TOML file as [section] name = value:"]
+    for setting in merged(settings_of(TrainConfig)):
+        default = "required" if setting.default is dataclasses.MISSING else as_words(setting.default)
+        only = f" [{setting.when}]" if setting.when else ""
+        lines.append(f"  --{setting.path} ({setting.allowed}; default {default}){only}")
+        lines += [f"      {line}" for line in setting.doc.splitlines()]
+    return "\n".join(lines)
+
+
+def merged(settings: Iterator[Setting]) -> list[Setting]:
+    """Return each setting once; one that all variants of a choice have alike loses its `when`."""
+    result: dict[tuple[str, str, str], Setting] = {}
+    for setting in settings:
+        key = (setting.path, setting.allowed, as_words(setting.default))
+        result[key] = dataclasses.replace(setting, when="") if key in result else setting
+    return list(result.values())
+
+
+def as_words(value: Any) -> str:
+    """Return a value as it is typed on the command line.
+
+    Example:
+        >>> [as_words(value) for value in (None, True, ("a", "b"), 0.1, ())]
+        ['none', 'true', 'a,b', '0.1', "''"]
+    """
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(as_words(item) for item in value) or "''"
+    return str(value)

@@ -1,0 +1,47 @@
+"""Signals during training: the first asks the loop to save and stop, the second ends the process at once."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+from hardy.cli.failure import Terminated
+
+
+class StopSignal:
+    """While entered, remembers the signal that asked to stop.
+
+    Before training has first asked (data is being prepared, nothing is worth saving), a signal ends the
+    process at once; so does the second one.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._is_training = False
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> int | None:
+        """Return the signal that came, if any; training asks this once a step."""
+        self._is_training = True
+        return self.number
+
+    def __enter__(self) -> "StopSignal":
+        """Take over SIGINT and SIGTERM."""
+        self._before = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._is_training and self.number is None:
+            self.number = number
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+        else:
+            raise Terminated

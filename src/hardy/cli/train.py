@@ -1,0 +1,219 @@
+"""The verbs `train` and `resume`: check all that needs no torch, then run here or in several workers."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hardy.cli import failure
+from hardy.cli.dry_run import show_plan
+from hardy.cli.environment import cache_dir, world
+from hardy.cli.output import print_json
+from hardy.cli.parser import Parser
+from hardy.cli.settings import change, resolve, settings_text
+from hardy.cli.stop import StopSignal
+from hardy.cli.workers import run_workers
+from hardy.config import ConfigError, UserError, from_dict, parse_dotted
+from hardy.train.config import TrainConfig
+from hardy.train.plan import World, plan_run
+
+if TYPE_CHECKING:
+    from hardy.train.hooks import Hook, Summary
+    from hardy.train.run import Surroundings
+
+RUNS = Path("runs")
+
+
+def add_train(parser: Parser) -> None:
+    """Add the options of `hardy train`."""
+    parser.add_argument("target", metavar="RECIPE|FILE.toml", help="what to train")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE-N)")
+    parser.add_argument("--dry-run", action="store_true", help="check and show what would run, then stop")
+    _add_common(parser)
+
+
+def add_resume(parser: Parser) -> None:
+    """Add the options of `hardy resume`."""
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
+    _add_common(parser)
+
+
+def _add_common(parser: Parser) -> None:
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def train_help() -> str:
+    """Return the recipes and settings."""
+    return settings_text()
+
+
+def resume_help() -> str:
+    """Return where the settings are listed."""
+    return "Settings may change, such as --train.steps 400; `hardy train --help` lists them."
+
+
+def train_verb(arguments: argparse.Namespace) -> int:
+    """Run `hardy train`."""
+    resolved = resolve(arguments.target, arguments.settings)
+    me, num_workers = _workers(arguments)
+    plan = plan_run(resolved.config, num_workers=num_workers)
+    if arguments.dry_run:
+        show_plan(resolved, plan, as_json=arguments.json)
+        return failure.SUCCESS
+    run_dir = arguments.run_dir or _next_run_dir(resolved.name, me)
+    if me.rank == 0:
+        _check_new(run_dir)
+        _check_source(resolved.config)
+    if num_workers > me.size:
+        words = ["train", arguments.target, "--run-dir", str(run_dir), *arguments.settings]
+        return run_workers(num_workers, [*words, *(["--json"] if arguments.json else [])])
+    from hardy.train import run
+
+    return _run(
+        lambda around: run.start(resolved.config, run_dir, around), resolved.config, run_dir, me, arguments
+    )
+
+
+def resume_verb(arguments: argparse.Namespace) -> int:
+    """Run `hardy resume`."""
+    run_dir: Path = arguments.run_dir
+    changes = parse_dotted(arguments.settings)
+    config = change(_read_config(run_dir), changes)
+    me, num_workers = _workers(arguments)
+    plan_run(config, num_workers=num_workers)
+    if num_workers > me.size:
+        words = ["resume", str(run_dir), *arguments.settings]
+        return run_workers(num_workers, [*words, *(["--json"] if arguments.json else [])])
+    from hardy.train import run
+
+    return _run(lambda around: run.resume(run_dir, around, changes=changes), config, run_dir, me, arguments)
+
+
+def _run(
+    begin: "Callable[[Surroundings], Summary]",
+    config: TrainConfig,
+    run_dir: Path,
+    me: World,
+    arguments: argparse.Namespace,
+) -> int:
+    """Train in this process, show how it ended and return the exit code."""
+    from hardy.train.loop import RunFailed
+
+    hooks = _displays(config, run_dir, arguments) if me.rank == 0 else []
+    with StopSignal() as stop:
+        try:
+            summary = begin(_surroundings(config, me, arguments, hooks, stop))
+        except RunFailed as error:
+            raise failure.CommandFailedError(str(error)) from error
+        finally:
+            for hook in hooks:
+                close = getattr(
+                    hook, "close", None
+                )  # a live display gives the terminal back, also after a failure
+                if close:
+                    close()
+    if me.rank == 0:
+        _show_summary(summary, run_dir, as_json=arguments.json)
+    if summary.stopped_by is None:
+        return failure.SUCCESS
+    return failure.INTERRUPTED if summary.stopped_by == "SIGINT" else failure.TERMINATED
+
+
+def _workers(arguments: argparse.Namespace) -> tuple[World, int]:
+    """Return who this process is and how many workers train; a launcher's word counts more than --workers."""
+    if arguments.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {arguments.workers}")
+    me = world(os.environ)
+    if me.size > 1 and arguments.workers not in (1, me.size):
+        raise UserError(
+            f"--workers {arguments.workers} was given, but a launcher started {me.size} workers; leave "
+            f"--workers out"
+        )
+    return me, max(me.size, arguments.workers)
+
+
+def _next_run_dir(name: str, me: World) -> Path:
+    """Return runs/NAME-N with the first N above all that are there."""
+    if me.size > 1:
+        raise UserError("workers started by a launcher must agree on the run folder; give --run-dir")
+    numbers = [path.name.removeprefix(f"{name}-") for path in RUNS.glob(f"{name}-*")]
+    return RUNS / f"{name}-{max((int(number) for number in numbers if number.isdecimal()), default=0) + 1}"
+
+
+def _check_new(run_dir: Path) -> None:
+    """Refuse a folder that holds a run or anything else, before a second is spent on imports."""
+    if (run_dir / "config.json").exists():
+        raise UserError(
+            f"{run_dir} already holds a run; go on with `hardy resume {run_dir}` or choose another --run-dir"
+        )
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise UserError(f"{run_dir} is not empty and holds no run; choose another --run-dir")
+
+
+def _check_source(config: TrainConfig) -> None:
+    """Refuse a source that cannot be opened."""
+    from hardy.data.sources import open_source
+
+    open_source(config.data)
+
+
+def _read_config(run_dir: Path) -> TrainConfig:
+    """Return the configuration of the run in `run_dir`."""
+    path = run_dir / "config.json"
+    try:
+        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise UserError(
+            f"there is no run in {run_dir} (no config.json); start one with `hardy train`"
+        ) from None
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
+
+
+def _displays(config: TrainConfig, run_dir: Path, arguments: argparse.Namespace) -> "list[Hook]":
+    """Return what shows and tracks the run."""
+    from hardy.cli.progress import progress_hooks
+    from hardy.cli.trackers import tracker_hooks
+
+    stream = sys.stderr if arguments.json else sys.stdout
+    shown = progress_hooks(config.log.progress, run_dir, every_steps=config.log.every_steps, stream=stream)
+    return shown + tracker_hooks(config.log.trackers, run_dir, project=config.log.project)
+
+
+def _surroundings(
+    config: TrainConfig, me: World, arguments: argparse.Namespace, hooks: "list[Hook]", stop: StopSignal
+) -> "Surroundings":
+    """Return what the run is handed from outside."""
+    from hardy.train.run import Surroundings
+
+    return Surroundings(
+        cache_dir=cache_dir(config.data.cache_dir, os.environ),
+        world=me,
+        command=["hardy", *arguments.words],
+        hooks=hooks,
+        stop_signal=stop,
+    )
+
+
+def _show_summary(summary: "Summary", run_dir: Path, *, as_json: bool) -> None:
+    """Draw the losses and print how the run ended."""
+    from hardy.cli.plots import plot_losses
+
+    plot = plot_losses(run_dir)
+    if as_json:
+        print_json(dataclasses.asdict(summary) | {"plot": plot})
+        return
+    from rich.console import Console
+
+    from hardy.cli.progress import summary_table
+
+    Console().print(summary_table(summary, plot=plot))
+    if summary.stopped_by:
+        print(f"go on with: hardy resume {run_dir}")

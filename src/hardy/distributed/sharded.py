@@ -1,0 +1,183 @@
+"""One model on several workers: DDP, FSDP2 or both (HSDP), by public hooks only.
+
+Papers: S. Li et al., "PyTorch Distributed", 2020 (DDP); Y. Zhao et al., "PyTorch FSDP", 2023; FSDP2 is its
+successor, one DTensor per parameter. Every wrapper averages gradients over all workers; after the backward
+pass a parameter's `grad` is whole under DDP and this worker's shard under FSDP2 and HSDP.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hardy.config import ConfigError
+from hardy.distributed.comm import Communicator, TorchComm
+
+Sharding: TypeAlias = tuple[DeviceMesh, tuple[Placement, ...]]
+"""How a DTensor lies on the workers."""
+
+
+def parallelize(
+    model: nn.Module,
+    comm: Communicator,
+    *,
+    replicas: int,
+    shards: int,
+    unit_names: Iterable[str],
+    device_type: Literal["cpu", "cuda"],
+    precision: Literal["fp32", "bf16"],
+) -> nn.Module:
+    """Return the model as `replicas` x `shards` workers train it; all workers call this with the same model.
+
+    Without shards the parameters must have values: DDP sends worker 0's to all. With shards they may be on
+    the meta device; then `model.to_empty(device=...)` and `place` on each parameter give them values.
+    Parameters outside the units, such as tied embedding and head, form the last unit, the root. Simulated
+    workers keep the plain model, and `Synchronous` averages its gradients.
+
+    Args:
+        model: changed in place by sharding.
+        comm: all workers.
+        replicas: whole copies of the model.
+        shards: workers that share one copy; shards of one replica are neighbours in rank.
+        unit_names: submodules that are gathered as a whole, in the order of the forward pass.
+        device_type: where the model lives.
+        precision: bf16 gathers sharded parameters in bf16 and still reduces gradients in fp32 (CUDA only).
+
+    Raises:
+        ConfigError: simulated workers were asked to share a model.
+    """
+    if replicas * shards != comm.size:
+        raise ValueError(f"a mesh of {replicas} x {shards} does not hold {comm.size} workers")
+    if shards > 1 and not isinstance(comm, TorchComm):
+        raise ConfigError(
+            f"strategy.mesh.shards is {shards}, but simulated workers cannot share one model; set it to 1, "
+            f"or start real workers"
+        )
+    if comm.size == 1 or not isinstance(comm, TorchComm):
+        return model
+    if shards == 1:
+        return DistributedDataParallel(model, process_group=comm.group, gradient_as_bucket_view=True)
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16" and device_type == "cuda":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = _mesh(device_type, replicas=replicas, shards=shards)
+    for name in sorted(unit_names, key=lambda name: -name.count(".")):  # inner units before those around them
+        fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _mesh(device_type: str, *, replicas: int, shards: int) -> DeviceMesh:
+    """Return the workers as a line of shards, or as a grid with one replica per row."""
+    if replicas == 1:
+        return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def averages_in_backward(model: nn.Module) -> bool:
+    """Whether the wrapper of `model` averages gradients over the workers during the backward pass."""
+    return isinstance(model, DistributedDataParallel | FSDPModule)
+
+
+@contextmanager
+def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Hold the averaging of gradients back until the `last` micro-batch of a step.
+
+    Forward and backward pass both belong inside. Until the last one FSDP2 keeps whole gradients, not shards.
+    """
+    if isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+        return
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    yield
+
+
+def place(param: Tensor, full: Tensor) -> None:
+    """Give `param` the values of `full`, in place: of a sharded parameter its own shard, without
+    communication.
+
+    Outside a forward pass only: then FSDP2 parameters are shards.
+
+    Args:
+        param: a parameter, plain or sharded.
+        full: all its values, the same on every worker; any device and floating dtype.
+    """
+    with torch.no_grad():
+        full = full.detach().to(device=param.device, dtype=param.dtype)
+        if isinstance(param, DTensor):
+            full = distribute_tensor(full, param.device_mesh, param.placements, src_data_rank=None)
+        param.copy_(full)
+
+
+def gather_full(param: Tensor) -> Tensor:
+    """Return all values of `param` as a plain tensor; collective over the workers that share it."""
+    detached = param.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+
+
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm of all gradients together, a 0-d fp64 tensor, without waiting for a GPU.
+
+    Shards count once, wherever they lie: one small sum over the workers per kind of sharding. Parameters
+    without gradient count zero; all workers must have gradients for the same ones.
+    """
+    grads_by_sharding: dict[Sharding | None, list[Tensor]] = defaultdict(list)
+    for grad in _gradients(parameters):
+        sharding = (grad.device_mesh, tuple(grad.placements)) if isinstance(grad, DTensor) else None
+        grads_by_sharding[sharding].append(_local(grad))
+    squares = [_over_shards(_square(grads), sharding) for sharding, grads in grads_by_sharding.items()]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+
+
+def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply all gradients in place by `factor` (0-d, on their device), without waiting for a GPU."""
+    for grad in _gradients(parameters):
+        _local(grad).mul_(factor)
+
+
+def clip_gradients(parameters: Iterable[Tensor], *, clip_norm: float | None) -> Tensor:
+    """Scale all gradients in place so that `grad_norm` is at most `clip_norm`; return what it was before.
+
+    None measures only. As in torch, the factor is clip_norm / (norm + 1e-6) where that is below 1.
+    """
+    parameters = list(parameters)
+    norm = grad_norm(parameters)
+    if clip_norm is not None:
+        scale_gradients(parameters, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [param.grad for param in parameters if param.grad is not None]
+
+
+def _local(x: Tensor) -> Tensor:
+    """Return the part of `x` on this worker; it shares its memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def _square(grads: list[Tensor]) -> Tensor:
+    """Return the squared norm of plain tensors, fp64; what is narrower than fp32 is added up in fp32."""
+    wide = [
+        g if g.dtype in (torch.float32, torch.float64) else torch.linalg.vector_norm(g, dtype=torch.float32)
+        for g in grads
+    ]
+    return nn.utils.get_total_norm(wide).double().square()
+
+
+def _over_shards(square: Tensor, sharding: Sharding | None) -> Tensor:
+    """Add up the parts of one kind of sharding over the mesh axes that split it."""
+    if sharding is None:
+        return square
+    mesh, placements = sharding
+    parts = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(square, mesh, parts, run_check=False).full_tensor()

@@ -1,0 +1,179 @@
+"""The run folder: everything one run reads and leaves.
+
+config.json      the complete configuration, defaults included
+run.json         versions, commit, command line, one entry per start or resume
+code.diff        what the working tree held beside the commit
+tokenizer/       the tokenizer, so that the folder alone can generate
+metrics.jsonl    one object per optimizer step
+checkpoints/     step-00000100/ ...
+summary.json     how the run ended
+"""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hardy.config import UserError, from_dict, to_dict
+from hardy.train.config import TrainConfig
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.json"
+        self.run_file = path / "run.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+        self.lock_file = path / ".lock"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; the lock goes with the process, however that ends.
+
+        Raises:
+            UserError: another process trains in it.
+        """
+        if not self.path.is_dir():
+            self.path.mkdir(parents=True)
+        with self.lock_file.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is training in {self.path}; stop it first, or choose another --run-dir"
+                ) from None
+            yield
+
+    def create(self, config: TrainConfig, *, command: Sequence[str]) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            UserError: it holds a run already, or files that are none of ours.
+        """
+        if self.config_file.exists():
+            differences = list(differing(to_dict(self.read_config()), json.loads(json.dumps(to_dict(config)))))
+            if not differences:
+                raise UserError(
+                    f"run folder {self.path} already holds this run; go on with `hardy resume {self.path}` or "
+                    f"choose another --run-dir"
+                )
+            shown = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if differences[3:] else "")
+            raise UserError(
+                f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go on "
+                f"with that run by `hardy resume {self.path}`"
+            )
+        if self.path.exists() and any(child != self.lock_file for child in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run; choose another --run-dir")
+        self.path.mkdir(parents=True, exist_ok=True)
+        diff = code_diff()
+        if diff:
+            (self.path / "code.diff").write_text(diff, encoding="utf-8")
+        write_json(self.run_file, {"starts": []})
+        self.note_start(config, command=command, from_step=0)
+        write_json(self.config_file, to_dict(config))  # last: a folder with a config is a run
+
+    def note_start(self, config: TrainConfig, *, command: Sequence[str], from_step: int) -> None:
+        """Add one start or resume to run.json: when, how, with which versions."""
+        facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+        facts["starts"].append(
+            {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": list(command),
+                "from_step": from_step,
+                "seed": config.train.seed,
+                "commit": code_commit(),
+                "versions": versions(),
+                "platform": platform.platform(),
+            }
+        )
+        write_json(self.run_file, facts)
+
+    def read_config(self) -> TrainConfig:
+        """Return the run's configuration.
+
+        Raises:
+            UserError: there is no run here, or its config does not parse.
+        """
+        try:
+            return from_dict(TrainConfig, json.loads(self.config_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise UserError(f"there is no run in {self.path} (no config.json); start one with `hardy train`") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.config_file} is not valid JSON: {error}") from None
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], *, path: str = "") -> Iterator[str]:
+    """Yield "optim.lr is 0.003 there and 0.001 here" for each setting that two configs do not share."""
+    for key in [*old, *(key for key in new if key not in old)]:
+        here = f"{path}.{key}" if path else key
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differing(before, after, path=here)
+        elif _plain(before) != _plain(after):
+            yield f"{here} is {before!r} there and {after!r} here"
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside and rename, so that a reader never sees half a file."""
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror}") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("hardy", "numpy", "tokenizers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def code_commit() -> str | None:
+    """Return the commit of hardy's source with "+changes" when the tree is not clean; None when not a checkout."""
+    here = Path(__file__)
+    if _git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    commit = _git("rev-parse", "HEAD")
+    return commit and commit.strip() + ("+changes" if code_diff() else "")
+
+
+def code_diff() -> str:
+    """Return what the working tree of hardy's source changes against its commit; empty when not a checkout."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return ""
+    return _git("diff", "HEAD") or ""
+
+
+def _git(*arguments: str) -> str | None:
+    """Return git's answer in the folder of this file, or None when git is missing or says no."""
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

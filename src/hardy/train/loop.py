@@ -1,0 +1,188 @@
+"""The loop: read, step, evaluate, record, save, until the last step, a signal, or a run that cannot be saved.
+
+Every decision follows from values that all workers share, so all of them take it at the same step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hardy.data.stream import PackStream
+from hardy.ops.packed import PackedBatch
+from hardy.optim.config import ScheduleConfig
+from hardy.optim.schedules import learning_rate
+from hardy.train.config import LoopConfig
+from hardy.train.evaluate import evaluate
+from hardy.train.metrics import SmoothedLoss
+from hardy.train.step import StepResult, Worker, train_step
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the text says what happened and what can be done. Nothing saved is lost."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands: all that changes beside the model, the optimizer and the strategy."""
+
+    step: int = 0
+    """Steps done."""
+    tokens: int = 0
+    """Tokens seen by all workers."""
+    skipped: int = 0
+    """Steps left out because a loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    validation_loss: float | None = None
+    smoothed: SmoothedLoss = field(default_factory=lambda: SmoothedLoss(decay=0.95))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        numbers = {key: value for key, value in vars(self).items() if key != "smoothed"}
+        losses = {key: _plain(numbers[key]) for key in ("first_loss", "last_loss")}
+        return numbers | losses | {"smoothed": self.smoothed.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        for key, value in state.items():
+            if key == "smoothed":
+                self.smoothed.load_state_dict(value)
+            else:
+                setattr(self, key, math.nan if value is None and key != "validation_loss" else value)
+
+
+def _plain(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """Which packs a worker reads at a step: every W-th of the step's B packs, cut into micro-batches."""
+
+    stream: PackStream
+    batch_packs: int
+    micro_packs: int
+
+    def at(self, step: int, worker: Worker) -> list[PackedBatch]:
+        """Return this worker's micro-batches of step `step` (from 0), on its device."""
+        first = step * self.batch_packs
+        mine = range(first, first + self.batch_packs)[worker.comm.rank :: worker.comm.size]
+        starts = range(0, len(mine), self.micro_packs)
+        return [self.stream.batch(mine[i : i + self.micro_packs]).to(worker.device) for i in starts]
+
+    def num_targets(self, step: int) -> int:
+        """Return the labels of the global batch of step `step`."""
+        first = step * self.batch_packs
+        return self.stream.num_targets(range(first, first + self.batch_packs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The settings of the loop, resolved."""
+
+    loop: LoopConfig
+    peak_lr: float
+    schedule: ScheduleConfig
+    batches: Batches
+    validation: PackStream | None
+    validation_packs: int
+    checkpoint_every_steps: int
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of step `step` (from 0)."""
+        return learning_rate(step, total_steps=self.loop.steps, peak=self.peak_lr, schedule=self.schedule)
+
+
+def run_loop(
+    worker: Worker,
+    plan: Plan,
+    progress: Progress,
+    *,
+    save: Callable[[Progress], None],
+    record: Callable[[dict[str, Any]], None],
+    stop: Callable[[], bool],
+) -> bool:
+    """Train from `progress.step` to the last step and keep `progress` up to date.
+
+    Args:
+        worker: what trains.
+        plan: how long, on what.
+        progress: where the run stands; changed in place.
+        save: writes a checkpoint; called at the cadence and when the run is stopped, on every worker.
+        record: takes the record of each step, on every worker.
+        stop: whether this worker was asked to stop.
+
+    Returns:
+        True when the last step was reached, False when a worker asked to stop.
+
+    Raises:
+        RunFailed: too many non-finite steps in a row, or the loss diverged.
+    """
+    clock = worker.comm.clock
+    while progress.step < plan.loop.steps:
+        started_s = clock.now()
+        lr = plan.lr_at(progress.step)
+        micro_batches = plan.batches.at(progress.step, worker)
+        num_targets = plan.batches.num_targets(progress.step)
+        result = train_step(worker, micro_batches, num_targets=num_targets, lr=lr, wants_stop=stop())
+        _advance(progress, result, num_tokens=num_targets)
+        stepped_s = clock.now()
+        is_last = progress.step == plan.loop.steps
+        line: dict[str, Any] = {
+            "step": progress.step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": progress.tokens,
+            "step_time_s": stepped_s - started_s,
+            "busy_time_s": result.busy_s,
+            "skipped": progress.skipped,
+        }
+        if plan.validation and (is_last or progress.step % plan.loop.evaluate_every_steps == 0):
+            progress.validation_loss = evaluate(
+                worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
+            )
+            line |= {"validation_loss": progress.validation_loss, "validation_time_s": clock.now() - stepped_s}
+        record(line)
+        _check_health(progress, plan.loop)
+        if result.stop_votes and not is_last:
+            save(progress)
+            return False
+        if is_last or progress.step % plan.checkpoint_every_steps == 0:
+            save(progress)
+    return True
+
+
+def _advance(progress: Progress, result: StepResult, *, num_tokens: int) -> None:
+    """Take one step's result into `progress`."""
+    progress.step += 1
+    progress.tokens += num_tokens
+    progress.last_loss = result.loss
+    if math.isnan(progress.first_loss):
+        progress.first_loss = result.loss
+    if result.applied:
+        progress.skipped_in_a_row = 0
+        progress.smoothed.update(result.loss)
+    else:
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+
+
+def _check_health(progress: Progress, loop: LoopConfig) -> None:
+    """Stop a run that only wastes time."""
+    if progress.skipped_in_a_row > loop.max_nonfinite_steps:
+        raise RunFailed(
+            f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
+            f"{progress.step} (train.max_nonfinite_steps={loop.max_nonfinite_steps}); lower optim.lr, raise "
+            f"optim.schedule.warmup_steps, or look at the data"
+        )
+    rise = progress.smoothed.value - progress.smoothed.best
+    if loop.max_loss_rise is not None and rise > loop.max_loss_rise:
+        raise RunFailed(
+            f"the run diverged: at step {progress.step} the smoothed loss is {progress.smoothed.value:.3f}, "
+            f"{rise:.3f} above its best (train.max_loss_rise={loop.max_loss_rise:g}); lower optim.lr or resume "
+            f"with --train.max_loss_rise none"
+        )
+

@@ -1,0 +1,134 @@
+"""What a run will do, from its settings alone: every check that needs no tensors. Free of torch."""
+
+from dataclasses import dataclass
+
+from hardy.config import ConfigError
+from hardy.model.presets import HF_PREFIX, check_context, count_parameters, resolve_shape
+from hardy.optim.schedules import check_warmup
+from hardy.train.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among the workers of a run."""
+
+    rank: int = 0
+    """This worker, from 0."""
+    size: int = 1
+    """Number of workers."""
+    local_rank: int = 0
+    """This worker among those of its machine; chooses the GPU."""
+    address: str | None = None
+    """Where the workers meet ("env://" or a "file://" path); None for a worker alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches:
+    """How one worker cuts its share of a batch."""
+
+    packs: int
+    """Packs run forward and backward at once."""
+    count: int
+    """Micro-batches in one optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """The size of a run."""
+
+    num_workers: int
+    replicas: int
+    shards: int
+    micro: MicroBatches
+    steps: int
+    tokens_per_step: int
+    total_tokens: int
+    num_parameters: int | None
+    """None where only loading the model would tell."""
+
+
+def plan_run(config: TrainConfig, *, num_workers: int) -> RunPlan:
+    """Check what the settings say together, and return the size of the run.
+
+    Example:
+        >>> plan_run(TrainConfig(), num_workers=2).micro
+        MicroBatches(packs=8, count=1)
+
+    Raises:
+        UserError: two settings, or a setting and the number of workers, do not fit.
+    """
+    replicas, shards = config.strategy.mesh.sizes(num_workers)
+    micro = micro_batches(config.train.batch_packs, num_workers, config.train.micro_packs)
+    check_warmup(config.optim.schedule.warmup_steps, total_steps=config.train.steps)
+    _check_lengths(config)
+    tokens_per_step = config.train.batch_packs * config.data.pack_tokens
+    return RunPlan(
+        num_workers=num_workers,
+        replicas=replicas,
+        shards=shards,
+        micro=micro,
+        steps=config.train.steps,
+        tokens_per_step=tokens_per_step,
+        total_tokens=tokens_per_step * config.train.steps,
+        num_parameters=_count_parameters(config),
+    )
+
+
+def micro_batches(batch_packs: int, num_workers: int, micro_packs: int | None) -> MicroBatches:
+    """Return how each worker cuts its share of a batch of `batch_packs` packs.
+
+    Args:
+        batch_packs: packs of one optimizer step, over all workers.
+        num_workers: workers, who share the batch equally.
+        micro_packs: packs that a worker runs at once; None means its whole share.
+
+    Example:
+        >>> micro_batches(16, 2, 4)
+        MicroBatches(packs=4, count=2)
+
+    Raises:
+        ConfigError: the batch does not divide; the text names the nearest sizes that do.
+    """
+    unit = num_workers * (micro_packs or 1)
+    if batch_packs % unit == 0:
+        share = batch_packs // num_workers
+        packs = micro_packs or share
+        return MicroBatches(packs=packs, count=share // packs)
+    below, above = batch_packs // unit * unit, (batch_packs // unit + 1) * unit
+    nearest = f"{below} or {above}" if below else f"{above}"
+    micro = f" x train.micro_packs={micro_packs}" if micro_packs else ""
+    text = (
+        f"train.batch_packs={batch_packs} must be a multiple of workers={num_workers}{micro}; "
+        f"set train.batch_packs to {nearest}"
+    )
+    if micro_packs and batch_packs % num_workers == 0:
+        share = batch_packs // num_workers
+        fitting = min(
+            (d for d in range(1, share + 1) if share % d == 0), key=lambda d: (abs(d - micro_packs), d)
+        )
+        text += f", or train.micro_packs to {fitting}"
+    raise ConfigError(text)
+
+
+def _check_lengths(config: TrainConfig) -> None:
+    """Refuse pieces longer than a pack."""
+    pack_tokens, document_tokens = config.data.pack_tokens, config.data.document_tokens
+    if document_tokens is not None and document_tokens > pack_tokens:
+        raise ConfigError(
+            f"data.document_tokens={document_tokens} must be at most data.pack_tokens={pack_tokens}, which "
+            f"holds whole pieces; lower data.document_tokens or raise data.pack_tokens"
+        )
+
+
+def _count_parameters(config: TrainConfig) -> int | None:
+    """Check the model's sizes and return how many parameters it has; None for a model that is not ours."""
+    if config.model.name.startswith(HF_PREFIX):
+        return None
+    from hardy.data.tokenizer import bpe_size, open_tokenizer  # imports numpy, too slow for `--help`
+
+    tokenizer = config.data.tokenizer
+    shape = resolve_shape(
+        config.model, vocab_size=bpe_size(tokenizer) or open_tokenizer(tokenizer).vocab_size
+    )
+    check_context(shape, config.data.document_tokens or config.data.pack_tokens)
+    return count_parameters(shape)

@@ -1,0 +1,261 @@
+"""Start and resume a run: prepare the data, build, load the newest good checkpoint, train, sum up."""
+
+import logging
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hardy.config import from_dict, override, to_dict
+from hardy.data.corpus import Corpus, prepare
+from hardy.distributed.comm import Alone, Communicator, join_world, leave_world
+from hardy.model.generate import generate
+from hardy.train.checkpoint import CheckpointStore
+from hardy.train.config import TrainConfig
+from hardy.train.device import Hardware, choose_hardware
+from hardy.train.folder import RunFolder, write_json
+from hardy.train.hooks import Hook, RunFacts, Summary
+from hardy.train.loop import Progress, run_loop
+from hardy.train.metrics import MetricsFile
+from hardy.train.plan import World
+from hardy.train.setup import Assembly, assemble, check_identity
+
+logger = logging.getLogger(__name__)
+
+PROMPT_TOKENS = 32
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a run needs from outside: handed in by the command line or a test."""
+
+    cache_dir: Path
+    world: World = World()
+    command: Sequence[str] = ()
+    hooks: Sequence[Hook] = ()
+    stop_signal: Callable[[], int | None] = lambda: None
+    """The signal that asked this process to stop, if any."""
+
+
+def start(config: TrainConfig, run_dir: Path, around: Surroundings) -> Summary:
+    """Train a new run in `run_dir`.
+
+    Raises:
+        UserError: something in the config, the data or the folder cannot work.
+        RunFailed: training cannot go on.
+    """
+    folder = RunFolder(run_dir)
+    with ExitStack() as held:
+        if around.world.rank == 0:
+            held.enter_context(folder.locked())
+            folder.create(config, command=around.command)
+        return _run(config, folder, around)
+
+
+def resume(run_dir: Path, around: Surroundings, *, changes: Mapping[str, Any] | None = None) -> Summary:
+    """Go on with the run in `run_dir` from its newest good checkpoint, or from the start when it has none.
+
+    Args:
+        run_dir: the run folder.
+        around: what the run needs from outside.
+        changes: settings to change from here on, such as `{"train": {"steps": 400}}`.
+
+    Raises:
+        UserError: there is no run, all checkpoints are damaged, or the run is not the one that was saved.
+        RunFailed: training cannot go on.
+    """
+    folder = RunFolder(run_dir)
+    config = folder.read_config()
+    if changes:
+        config = from_dict(TrainConfig, override(to_dict(config), changes))
+    with ExitStack() as held:
+        if around.world.rank == 0:
+            held.enter_context(folder.locked())
+        return _run(config, folder, around, is_resumed=True)
+
+
+def _run(
+    config: TrainConfig, folder: RunFolder, around: Surroundings, *, is_resumed: bool = False
+) -> Summary:
+    """Train, in whatever world this process is part of."""
+    world = around.world
+    hardware = choose_hardware(config.train.device, config.train.precision, local_rank=world.local_rank)
+    if hardware.device.type == "cuda":
+        torch.cuda.set_device(hardware.device)
+    if world.size == 1:
+        return _train(config, folder, around, Alone(), hardware=hardware, is_resumed=is_resumed)
+    comm = join_world(
+        rank=world.rank,
+        size=world.size,
+        init_method=world.address or "env://",
+        device_type="cuda" if hardware.device.type == "cuda" else "cpu",
+    )
+    try:
+        return _train(config, folder, around, comm, hardware=hardware, is_resumed=is_resumed)
+    finally:
+        leave_world()
+
+
+def _train(
+    config: TrainConfig,
+    folder: RunFolder,
+    around: Surroundings,
+    comm: Communicator,
+    *,
+    hardware: Hardware,
+    is_resumed: bool,
+) -> Summary:
+    """Build, load, train and sum up."""
+    hooks = list(around.hooks) if comm.rank == 0 else []
+    corpus = prepare_once(config, around.cache_dir, comm, hooks)
+    assembly = assemble(config, comm, corpus=corpus, hardware=hardware)
+    store = CheckpointStore(
+        folder.checkpoints,
+        comm,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+    progress = load_newest(store, assembly, folder)
+    if comm.rank == 0:
+        corpus.tokenizer.save(folder.tokenizer)
+        if is_resumed:
+            folder.note_start(config, command=around.command, from_step=progress.step)
+            write_json(folder.config_file, to_dict(config))
+    facts = RunFacts(
+        run_dir=str(folder.path),
+        num_parameters=assembly.num_parameters,
+        total_steps=config.train.steps,
+        first_step=progress.step,
+        tokens_per_step=config.train.batch_packs * config.data.pack_tokens,
+        num_workers=comm.size,
+        device=hardware.name,
+        unigram_entropy=corpus.unigram_entropy,
+        config=to_dict(config),
+    )
+    for hook in hooks:
+        hook.on_start(facts)
+    started_s, started_tokens = comm.clock.now(), progress.tokens
+    _loop(assembly, progress, store, folder, around, hardware=hardware)
+    elapsed_s = max(comm.clock.now() - started_s, 1e-9)
+    stopped_by = around.stop_signal() if progress.step < config.train.steps else None
+    summary = Summary(
+        run_dir=str(folder.path),
+        steps=progress.step,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        validation_loss=progress.validation_loss,
+        unigram_entropy=corpus.unigram_entropy,
+        tokens=progress.tokens,
+        tokens_per_s=(progress.tokens - started_tokens) / elapsed_s,
+        peak_memory_mb=hardware.peak_memory_mb(),
+        skipped_steps=progress.skipped,
+        sample=sample(assembly, corpus),
+        stopped_by=stopped_by and signal.Signals(stopped_by).name,
+    )
+    if comm.rank == 0:
+        write_json(folder.summary_file, asdict(summary))
+    for hook in hooks:
+        hook.on_end(summary)
+    return summary
+
+
+def _loop(
+    assembly: Assembly,
+    progress: Progress,
+    store: CheckpointStore,
+    folder: RunFolder,
+    around: Surroundings,
+    *,
+    hardware: Hardware,
+) -> None:
+    """Run the loop with its records and checkpoints; what is being saved is finished whatever happens."""
+    worker = assembly.worker
+    is_first = worker.comm.rank == 0
+    metrics = MetricsFile(folder.metrics_file, after_step=progress.step) if is_first else None
+
+    def record(line: dict[str, Any]) -> None:
+        line["peak_memory_mb"] = hardware.peak_memory_mb()
+        if metrics:
+            metrics.write(line)
+            for hook in around.hooks:
+                hook.on_step(line)
+
+    def save(now: Progress) -> None:
+        tensors, plain = split_state(worker.strategy.state_dict())
+        store.save(
+            now.step,
+            worker.model,
+            worker.optimizer,
+            {"progress": now.state_dict(), "identity": assembly.identity, "strategy": plain},
+            score=now.validation_loss,
+            extra=tensors,
+        )
+
+    def stop() -> bool:
+        return around.stop_signal() is not None
+
+    try:
+        run_loop(worker, assembly.plan, progress, save=save, record=record, stop=stop)
+    finally:
+        if metrics:
+            metrics.close()
+        store.wait()
+
+
+def prepare_once(config: TrainConfig, cache_dir: Path, comm: Communicator, hooks: Sequence[Hook]) -> Corpus:
+    """Tokenise on worker 0, then open the cached result everywhere."""
+
+    def report(phase: str, fraction: float) -> None:
+        for hook in hooks:
+            hook.on_phase(phase, fraction)
+
+    if comm.rank != 0:
+        comm.barrier()
+    corpus = prepare(config.data, cache_dir=cache_dir, on_progress=report)
+    if comm.rank == 0:
+        comm.barrier()
+    return corpus
+
+
+def load_newest(store: CheckpointStore, assembly: Assembly, folder: RunFolder) -> Progress:
+    """Load the newest good checkpoint into the assembled run and return where it stands."""
+    progress = Progress()
+    checkpoint = store.newest_good()
+    if checkpoint is None:
+        return progress
+    plain = store.read_plain(checkpoint)
+    check_identity(plain["identity"], assembly.identity, run_dir=str(folder.path))
+    worker = assembly.worker
+    tensors, _ = split_state(worker.strategy.state_dict())
+    store.load(checkpoint, worker.model, worker.optimizer, extra=tensors)
+    worker.strategy.load_state_dict(plain["strategy"] | tensors)
+    progress.load_state_dict(plain["progress"])
+    logger.info("resumed %s at step %d", folder.path, progress.step)
+    return progress
+
+
+def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the plain values of a flat state."""
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in state.items() if key not in tensors}
+
+
+def sample(assembly: Assembly, corpus: Corpus) -> str:
+    """Return the beginning of a held-out document and what the model adds, or nothing without documents.
+
+    Every worker takes part, since a sharded model is gathered in each forward pass; the number of tokens is fixed
+    and the draw is seeded, so all stay in step.
+    """
+    store = corpus.validation if corpus.validation.num_documents else corpus.train
+    prompt = store.document(0)[:PROMPT_TOKENS].tolist()
+    added = generate(
+        assembly.worker.model, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0
+    )
+    return f"{corpus.tokenizer.decode(prompt)}⟶{corpus.tokenizer.decode(added)}"

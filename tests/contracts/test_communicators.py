@@ -1,0 +1,174 @@
+"""What every Communicator promises: the same bodies run alone, simulated and through torch.distributed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from hardy.distributed import costs
+from hardy.distributed.comm import Alone
+from hardy.distributed.simulation import SimWorld
+
+spec = importlib.util.spec_from_file_location("mp_conftest", Path(__file__).parents[1] / "mp" / "conftest.py")
+processes = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(processes)
+run_workers = processes.run_workers
+
+WORLDS = [
+    pytest.param(("alone", 1), id="alone"),
+    pytest.param(("simulated", 3), id="simulated-3"),
+    pytest.param(("torch", 1), id="gloo-1", marks=pytest.mark.mp),
+    pytest.param(("torch", 3), id="gloo-3", marks=pytest.mark.mp),
+]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.complex64,
+    torch.int64,
+    torch.uint8,
+]
+ANY_DTYPES = [*DTYPES, torch.bool, torch.int16, torch.float8_e4m3fn]
+
+
+@pytest.fixture(params=WORLDS)
+def world(request):
+    """Give `run(body)` of a world; it returns what each worker's body returned."""
+    kind, size = request.param
+    if kind == "alone":
+        return lambda body: [body(Alone())]
+    if kind == "simulated":
+        return SimWorld(size).run
+    in_processes = request.getfixturevalue("run_workers")
+    return lambda body: in_processes(body, size=size)
+
+
+def of_rank(rank, dtype=torch.float64):
+    """A tensor that tells who sent it; small numbers, exact in every dtype."""
+    return (torch.arange(6).reshape(2, 3) % 2 + rank).to(dtype)
+
+
+def test_ranks_count_from_zero(world):
+    answers = world(lambda comm: (comm.rank, comm.size))
+    assert answers == [(rank, len(answers)) for rank in range(len(answers))]
+
+
+def test_sum_adds_everyone_in_every_summable_dtype(world):
+    answers = world(lambda comm: [comm.sum(of_rank(comm.rank, dtype)) for dtype in DTYPES])
+    for per_dtype in answers:
+        for dtype, got in zip(DTYPES, per_dtype, strict=True):
+            want = sum(of_rank(rank).long() for rank in range(len(answers)))
+            assert got.dtype == dtype and torch.equal(got, want.to(dtype))
+
+
+def test_mean_is_the_sum_over_the_size(world):
+    answers = world(lambda comm: comm.mean(of_rank(comm.rank)))
+    want = sum(of_rank(rank) for rank in range(len(answers))) / len(answers)
+    for got in answers:
+        torch.testing.assert_close(got, want, rtol=1e-15, atol=0)
+
+
+def test_all_gather_stacks_in_rank_order_in_any_dtype(world):
+    answers = world(lambda comm: [comm.all_gather(of_rank(comm.rank, dtype)) for dtype in ANY_DTYPES])
+    for per_dtype in answers:
+        for dtype, got in zip(ANY_DTYPES, per_dtype, strict=True):
+            want = torch.stack([of_rank(rank, dtype).view(torch.uint8) for rank in range(len(answers))])
+            assert got.dtype == dtype and torch.equal(got.view(torch.uint8), want)
+
+
+def test_broadcast_gives_the_sources_value_in_any_dtype(world):
+    def body(comm):
+        source = comm.size - 1
+        return [comm.broadcast(of_rank(comm.rank, dtype), source=source) for dtype in ANY_DTYPES]
+
+    answers = world(body)
+    for per_dtype in answers:
+        for dtype, got in zip(ANY_DTYPES, per_dtype, strict=True):
+            want = of_rank(len(answers) - 1, dtype)
+            assert got.dtype == dtype and torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_scalars_empty_and_strided_tensors_travel(world):
+    def body(comm):
+        transposed = of_rank(comm.rank).t()
+        results = [comm.sum(x) for x in (torch.tensor(1.0), torch.zeros(0, 3), transposed)]
+        gathered = [comm.all_gather(x) for x in (torch.tensor(1.0), torch.zeros(0, 3), transposed)]
+        sent = [comm.broadcast(x, source=0) for x in (torch.tensor(1.0), torch.zeros(0, 3), transposed)]
+        return [list(x.shape) for x in results + gathered + sent], float(results[0]), results[2]
+
+    answers = world(body)
+    size = len(answers)
+    for shapes, total, added in answers:
+        assert shapes == [[], [0, 3], [3, 2], [size], [size, 0, 3], [size, 3, 2], [], [0, 3], [3, 2]]
+        assert total == size
+        assert torch.equal(added, sum(of_rank(rank).t() for rank in range(size)))
+
+
+def test_inputs_stay_and_results_are_new_and_outside_autograd(world):
+    def body(comm):
+        x = of_rank(comm.rank).requires_grad_()
+        results = [comm.sum(x), comm.mean(x), comm.all_gather(x), comm.broadcast(x, source=0)]
+        for result in results:
+            result.fill_(99.0)
+        comm.barrier()
+        return torch.equal(x, of_rank(comm.rank)), [result.requires_grad for result in results]
+
+    assert all(answer == (True, [False] * 4) for answer in world(body))
+
+
+def test_bytes_sent_follow_the_ring_formulas(world):
+    def body(comm):
+        counts = [comm.bytes_sent]
+        for call in (
+            comm.sum,
+            comm.mean,
+            comm.all_gather,
+            lambda x: comm.broadcast(x, source=0),
+            lambda _: comm.barrier(),
+        ):
+            call(torch.zeros(10, dtype=torch.float32))
+            counts.append(comm.bytes_sent)
+        return counts
+
+    answers = world(body)
+    n = len(answers)
+    steps = [
+        costs.all_reduce(40, n),
+        costs.all_reduce(40, n),
+        costs.all_gather(40, n),
+        costs.broadcast(40, n),
+    ]
+    want = [0]
+    for traffic in [*steps, costs.barrier(n)]:
+        want.append(want[-1] + traffic.bytes_sent)
+    assert all(answer == want for answer in answers)
+
+
+def test_what_one_world_cannot_do_all_refuse(world):
+    def body(comm):
+        refusals = []
+        for call in (
+            lambda: comm.sum(torch.ones(2, dtype=torch.bool)),
+            lambda: comm.mean(torch.ones(2, dtype=torch.int64)),
+            lambda: comm.broadcast(torch.ones(2), source=comm.size),
+        ):
+            with pytest.raises(ValueError) as refusal:
+                call()
+            refusals.append(str(refusal.value))
+        return refusals
+
+    for cannot_add, no_mean, no_source in world(body):
+        assert cannot_add.startswith("workers cannot add up torch.bool; convert to one of bfloat16, ")
+        assert no_mean.startswith("the mean of torch.int64 over the workers is no torch.int64; use sum")
+        assert no_source.startswith("broadcast source must be a rank from 0 to ")
+
+
+def test_clocks_run_forward(world):
+    def body(comm):
+        before_s = comm.clock.now()
+        comm.clock.sleep(0.001)
+        return comm.clock.now() - before_s
+
+    assert all(passed_s >= 0.001 for passed_s in world(body))

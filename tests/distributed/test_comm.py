@@ -1,0 +1,53 @@
+"""What belongs to one world only; what all promise is in `contracts/test_communicators.py`."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hardy.clock import VirtualClock
+from hardy.distributed.comm import Alone, TorchComm, WorkerLostError, join_world, leave_world
+
+
+@pytest.fixture
+def lone_process(tmp_path):
+    yield join_world(rank=0, size=1, init_method=f"file://{tmp_path}/store", device_type="cpu", timeout_s=10)
+    leave_world()
+
+
+def test_alone_takes_the_clock_it_is_given():
+    clock = VirtualClock(5.0)
+    assert Alone(clock=clock).clock.now() == 5.0
+
+
+def test_leaving_twice_is_harmless(lone_process):
+    leave_world()
+    leave_world()
+    assert not dist.is_initialized()
+
+
+def test_a_failing_collective_says_what_to_do(lone_process, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    text = "worker 0 of 1 could not finish 'sum'.*`hardy resume`.*reset by peer"
+    with pytest.raises(WorkerLostError, match=text):
+        lone_process.sum(torch.ones(2))
+    assert lone_process.bytes_sent == 0
+
+
+def test_workers_that_do_not_come_are_named():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(WorkerLostError, match="worker 0 of 2 did not meet the others at tcp.* within 0.3 s"):
+        join_world(rank=0, size=2, init_method=address, device_type="cpu", timeout_s=0.3)
+    leave_world()
+
+
+def test_a_group_counts_its_own_ranks(lone_process):
+    comm = TorchComm(dist.new_group([0]), clock=VirtualClock())
+    assert (comm.rank, comm.size, comm.clock.now()) == (0, 1, 0.0)
+    assert comm.broadcast(torch.ones(1), source=0).item() == 1.0

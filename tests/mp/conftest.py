@@ -1,0 +1,87 @@
+"""Real worker processes, joined by gloo, that run a test body: `run_workers`."""
+
+import multiprocessing
+import sys
+import time
+import traceback
+import warnings
+
+import pytest
+import torch
+
+from hardy.distributed.comm import join_world, leave_world
+
+torch.compile(lambda: None, backend="eager")  # imports here, once, what each child's first DTensor call would
+
+
+@pytest.fixture
+def run_workers(tmp_path):
+    """Run `body(comm)` in forked processes joined by gloo and return what each returned, in rank order.
+
+    What fails or hangs in a worker fails here, with the worker's traceback. Results travel by `torch.save`;
+    forking lets the body be any function of the test. `timeout_s` is the patience of the process group, the
+    test's own is a little longer. `may_die` names ranks whose end does not count.
+    """
+
+    def run(body, *, size=2, timeout_s=60.0, may_die=()):
+        context = multiprocessing.get_context("fork")
+        workers = [
+            context.Process(target=_work, args=(body, rank, size, timeout_s, tmp_path), daemon=True)
+            for rank in range(size)
+        ]
+        with warnings.catch_warnings():
+            # Python 3.12 warns of any thread when forking; torch's idle threads are never woken in the child.
+            warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+            for worker in workers:
+                worker.start()
+        counting = [rank for rank in range(size) if rank not in may_die]
+        failed = _wait_for(workers, counting, timeout_s + 1.5)
+        told = [(tmp_path / f"worker{rank}.txt") for rank in range(size)]
+        texts = [path.read_text() for path in told if path.exists()]
+        if failed:
+            pytest.fail(f"workers failed or hung: {failed}\n" + "\n".join(texts), pytrace=False)
+        return [torch.load(tmp_path / f"worker{rank}.pt", weights_only=False) for rank in counting]
+
+    return run
+
+
+def _work(body, rank, size, timeout_s, tmp_path):
+    """Be one worker."""
+    torch.set_num_threads(1)  # a forked child must not wake the parent's OpenMP threads
+    try:
+        comm = join_world(
+            rank=rank,
+            size=size,
+            init_method=f"file://{tmp_path}/store",
+            device_type="cpu",
+            timeout_s=timeout_s,
+        )
+        result = body(comm)
+        torch.save(result, tmp_path / f"worker{rank}.pt")
+        leave_world()
+    except BaseException:
+        (tmp_path / f"worker{rank}.txt").write_text(f"--- worker {rank}\n{traceback.format_exc()}")
+        sys.exit(1)
+
+
+def _wait_for(workers, counting, timeout_s):
+    """Wait for the workers that count, stop all, and return what went wrong by rank."""
+    deadline_s = time.monotonic() + timeout_s
+    failed_s = None
+    while any(workers[rank].is_alive() for rank in counting):
+        if failed_s is None and any(workers[rank].exitcode for rank in counting):
+            failed_s = time.monotonic()
+        # The others get a second to notice and to write down what they saw.
+        if time.monotonic() > min(deadline_s, (failed_s or deadline_s) + 1.0):
+            break
+        time.sleep(0.005)
+    codes = {rank: workers[rank].exitcode for rank in counting}
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+        worker.join()
+    return {
+        rank: "still running" if code is None else f"exit code {code}"
+        for rank, code in codes.items()
+        if code != 0
+    }

@@ -1,0 +1,79 @@
+"""The run folder refuses what belongs to another run and says what differs."""
+
+import json
+
+import pytest
+
+from hardy.config import UserError, from_dict, override, to_dict
+from hardy.train.config import TrainConfig
+from hardy.train.folder import RunFolder, code_commit, differing
+
+
+def changed(**dotted):
+    changes = {key.replace("__", "."): value for key, value in dotted.items()}
+    return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
+
+
+def test_a_new_folder_holds_config_and_circumstances(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    config = changed(optim__lr=0.5, log__trackers=("wandb",))
+    folder.create(config, command=["hardy", "train", "tiny"])
+    assert folder.read_config() == config
+    (start,) = json.loads(folder.run_file.read_text())["starts"]
+    assert start["command"] == ["hardy", "train", "tiny"]
+    assert start["seed"] == 0
+    assert {"python", "torch", "hardy"} <= set(start["versions"])
+
+
+def test_the_same_run_twice_points_to_resume(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create(TrainConfig(), command=[])
+    with pytest.raises(UserError, match=r"already holds this run; go on with `hardy resume"):
+        folder.create(TrainConfig(), command=[])
+
+
+def test_a_folder_of_another_config_says_what_differs(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create(TrainConfig(), command=[])
+    with pytest.raises(UserError, match=r"belongs to another config: optim.lr is 0.003 there and 0.001 here"):
+        folder.create(changed(optim__lr=0.001), command=[])
+    assert folder.read_config() == TrainConfig()
+
+
+def test_a_folder_with_strange_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("my work")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunFolder(tmp_path).create(TrainConfig(), command=[])
+    assert (tmp_path / "thesis.tex").read_text() == "my work"
+
+
+def test_no_run_and_broken_config_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no run in .*hardy train"):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json is not valid JSON"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_every_start_is_noted(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create(TrainConfig(), command=["a"])
+    folder.note_start(TrainConfig(), command=["b"], from_step=7)
+    assert [(s["command"], s["from_step"]) for s in json.loads(folder.run_file.read_text())["starts"]] == [
+        (["a"], 0),
+        (["b"], 7),
+    ]
+
+
+def test_differences_are_found_at_any_depth_and_for_added_keys():
+    old, new = {"a": {"b": 1, "c": (1, 2)}, "d": 0}, {"a": {"b": 2, "c": [1, 2]}, "e": 5}
+    assert list(differing(old, new)) == [
+        "a.b is 1 there and 2 here",
+        "d is 0 there and None here",
+        "e is None there and 5 here",
+    ]
+
+
+def test_the_commit_is_a_hash_or_none():
+    commit = code_commit()
+    assert commit is None or len(commit.removesuffix("+changes")) == 40
