@@ -115,9 +115,11 @@ def test_local_sets_are_opened_in_their_own_ways(fake_datasets, write_files):
     folder = write_files(
         {"dict/dataset_dict.json": "{}", "one/dataset_info.json": "", "one/state.json": "", "raw/a": ""}
     )
-    assert texts(source=f"hf:{folder}/dict") == texts(source=f"hf:{folder}/one:train") == ["saved"]
+    assert texts(source=f"hf:{folder}/dict") == texts(source=f"hf:{folder}/one") == ["saved"]
     assert texts(source=f"hf:{folder}/raw") == ["one", "two"]
     assert fake_datasets[2] == ((f"{folder}/raw",), {"split": "train"})
+    with pytest.raises(UserError, match="/one was saved without splits; leave out :test"):
+        texts(source=f"hf:{folder}/one:test")
     before = fingerprint(DataConfig(source=f"hf:{folder}/raw"))
     (folder / "raw" / "a").write_text("more")
     assert fingerprint(DataConfig(source=f"hf:{folder}/raw")) != before

@@ -123,8 +123,8 @@ def test_a_full_disk_is_said_with_folder_needed_and_free_space(tmp_path, monkeyp
         (folder / "tokens.bin").write_bytes(bytes(1_500_000))
         raise OSError(errno.ENOSPC, "No space left on device")
     assert str(refused.value) == (
-        f"the disk of the cache folder {tmp_path / 'cache'} is full: preparing the corpus needs more than 1.5 MB "
-        "and 2.5 MB are free; make room, set data.cache_dir to another disk or lower data.limit_mb"
+        f"the disk of the cache folder {tmp_path / 'cache'} is full: preparing the corpus needs more than "
+        "1.5 MB and 2.5 MB are free; make room, set data.cache_dir to another disk or lower data.limit_mb"
     )
     assert list((tmp_path / "cache").iterdir()) == []
 

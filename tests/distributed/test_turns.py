@@ -14,15 +14,15 @@ def share(values, *, seconds=0.0):
 
 
 def test_the_one_furthest_behind_goes_first_then_the_lowest_rank():
-    turns, order = Turns(3), []
+    turns, order = Turns(8), []
 
     def body(member):
-        for _ in range(3):
+        for _ in range(6):
             order.append((member.now_s, member.rank))
-            turns.advance(member, [2.0, 1.0, 1.0][member.rank])
+            turns.advance(member, [7.0, 1.0, 1.0, 5.0, 2.0, 0.0, 3.0, 4.0][member.rank])
 
     turns.run(body)
-    assert order == sorted(order) and len(order) == 9
+    assert order == sorted(order) and len(order) == 48
 
 
 def test_only_one_runs_at_a_time():

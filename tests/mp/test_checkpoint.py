@@ -1,4 +1,4 @@
-"""Checkpoints across real processes: any layout reads any other's, bit for bit; a failure anywhere is told everywhere."""
+"""Checkpoints of real processes: any layout reads any other's, bit for bit; all hear of any failure."""
 
 import errno
 
@@ -62,7 +62,7 @@ def whole(model, optimizer):
 
 
 def go_on(folder, layout, steps):
-    """Return the body of a worker: load the newest, train, save in the background, return loaded and saved state."""
+    """Return a worker's body: load the newest, train, save, train on; return the states loaded and saved."""
 
     def body(comm):
         model = lay_out(Net(), layout)
@@ -98,8 +98,8 @@ def test_every_layout_reads_every_other(run_workers, tmp_path, layouts):
         results = [body(Alone())] if layout == "one" else run_workers(body, size=sizes[layout], timeout_s=30)
         (tmp_path / "store").unlink(missing_ok=True)
         for loaded, saved in results:
-            assert (before is None) == (loaded is None)
-            assert before is None or loaded is None or not assert_equal_bits(before, loaded)
+            if turn:
+                assert_equal_bits(before, loaded)
             assert_equal_bits(results[0][1], saved)
         before = results[0][1]
     reference = Net()

@@ -180,6 +180,17 @@ def test_shards_are_uneven_and_some_are_empty(run_workers):
     assert run_workers(body) == [([6, WIDTH], [1]), ([5, WIDTH], [0])]
 
 
+def test_placing_values_needs_nobody_else(run_workers):
+    def body(comm):
+        model = build(comm, replicas=1, shards=2)
+        if comm.rank == 0:
+            place(model.embedding.weight, torch.full((VOCABULARY, WIDTH), 7.0))
+        return model.embedding.weight.to_local().unique().numel()
+
+    mine, untouched = run_workers(body, timeout_s=5.0)
+    assert mine == 1 and untouched > 1
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1e-3])
 @pytest.mark.parametrize(("replicas", "shards"), [(2, 1), (1, 2), (2, 2)], ids=["ddp", "fsdp", "hsdp"])
 def test_the_norm_counts_each_shard_once(run_workers, replicas, shards, clip_norm):

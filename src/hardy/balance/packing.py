@@ -214,23 +214,12 @@ def best_fit_decreasing(lengths: Integers, *, capacity_tokens: int) -> Integers:
     by_length = np.argsort(-lengths, kind="stable")
     sizes, counts = np.unique(lengths, return_counts=True)
     pack_of = np.empty(lengths.size, dtype=np.int64)
-    rooms: list[int] = []  # sorted keys of `packs_with`
-    packs_with: dict[int, list[Integers]] = {}
-
-    def put(room: int, packs: Integers) -> None:
-        if packs.size and room:
-            if room not in packs_with:
-                insort(rooms, room)
-            packs_with.setdefault(room, []).append(packs)
-
+    unfilled = _UnfilledPacks()
     num_packs, placed = 0, 0
     for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
-            fullest = bisect_left(rooms, size)
-            if fullest < len(rooms):
-                room = rooms.pop(fullest)
-                packs: Integers = np.concatenate(packs_with.pop(room))
-            else:
+            room, packs = unfilled.take(size)
+            if not packs.size:
                 room = capacity_tokens
                 packs = np.arange(num_packs, num_packs - (-count // (room // size)), dtype=np.int64)
                 num_packs += packs.size
@@ -241,10 +230,33 @@ def best_fit_decreasing(lengths: Integers, *, capacity_tokens: int) -> Integers:
             pack_of[by_length[placed : placed + chosen.size]] = chosen
             placed, count = placed + chosen.size, count - chosen.size
             in_last = chosen.size - (takers.size - 1) * each
-            put(room - each * size, takers[:-1])
-            put(room - in_last * size, takers[-1:])
-            put(room, packs[takers.size :])
+            unfilled.put(room - each * size, takers[:-1])
+            unfilled.put(room - in_last * size, takers[-1:])
+            unfilled.put(room, packs[takers.size :])
     return pack_of
+
+
+class _UnfilledPacks:
+    """Packs by the tokens they still have room for."""
+
+    def __init__(self) -> None:
+        self._rooms: list[int] = []  # the keys below, sorted
+        self._packs: dict[int, list[Integers]] = {}
+
+    def put(self, room: int, packs: Integers) -> None:
+        """Add packs that have `room` tokens left."""
+        if packs.size and room:
+            if room not in self._packs:
+                insort(self._rooms, room)
+            self._packs.setdefault(room, []).append(packs)
+
+    def take(self, least_room: int) -> tuple[int, Integers]:
+        """Remove the fullest packs with `least_room` left; return their room and them, or no packs."""
+        place = bisect_left(self._rooms, least_room)
+        if place == len(self._rooms):
+            return 0, np.empty(0, dtype=np.int64)
+        room = self._rooms.pop(place)
+        return room, np.concatenate(self._packs.pop(room))
 
 
 class _RecentPlans(Generic[Plan]):

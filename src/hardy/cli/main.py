@@ -32,7 +32,6 @@ VERBS: dict[str, Verb] = {
     "resume": Verb(module="train", about="go on with a run from its newest checkpoint", takes_settings=True),
     "generate": Verb(module="weights", about="let a trained model write"),
     "export": Verb(module="weights", about="write a run's model as a Hugging Face folder"),
-    "import": Verb(module="weights", about="make a run folder of a Hugging Face model"),
     "data": Verb(module="data", about="look at what a run would read", takes_settings=True),
     "doctor": Verb(module="doctor", about="say what this machine can do and what is missing"),
     "version": Verb(module="doctor", about="print the version"),
@@ -48,7 +47,11 @@ def run() -> None:
 def main(words: Sequence[str]) -> int:
     """Run the command line `words` and return its exit code: 0, 1, 2, 130 or 143 (see `failure`)."""
     try:
-        return _dispatch(list(words))
+        if not words or words[0] in ("--help", "-h", "help"):
+            print(_help())
+            return failure.SUCCESS if words else failure.USER_ERROR
+        parsed = parse(words)
+        return failure.SUCCESS if parsed is None else parsed[0](parsed[1])
     except UserError as error:
         return _say(str(error), failure.USER_ERROR)
     except failure.CommandFailedError as error:
@@ -76,29 +79,28 @@ def _say(text: str, code: int) -> int:
     return code
 
 
-def _dispatch(words: list[str]) -> int:
-    """Find the verb, parse its words, run it."""
-    if not words or words[0] in ("--help", "-h", "help"):
-        print(_help())
-        return failure.SUCCESS if words else failure.USER_ERROR
+def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace] | None:
+    """Return what the command line asks for, as a handler and its arguments; None when help was printed.
+
+    Raises:
+        UserError: a verb or option is unknown, or a word is missing.
+    """
     name = {"--version": "version"}.get(words[0], words[0])
     if name not in VERBS:
         kind = "option" if name.startswith("-") else "verb"
         raise UserError(unknown_name(name, kind, [*VERBS, "--help", "--version"]) + " (see `hardy --help`)")
     verb = VERBS[name]
     module = import_module(f"hardy.cli.{verb.module}")
-    handler: Callable[[argparse.Namespace], int] = getattr(module, f"{name}_verb")
-    parser = Parser(
-        prog=f"hardy {name}", description=verb.about, long_help=getattr(module, f"{name}_help", None)
-    )
+    long_help = getattr(module, f"{name}_help", None)
+    parser = Parser(prog=f"hardy {name}", description=verb.about, long_help=long_help)
     getattr(module, f"add_{name}")(parser)
     others, settings = split_settings(words[1:]) if verb.takes_settings else (words[1:], [])
     try:
         arguments = parser.parse(others, settings=_setting_paths if verb.takes_settings else list)
     except SystemExit:  # argparse ends so after printing help
-        return failure.SUCCESS
-    arguments.settings, arguments.words = settings, words
-    return handler(arguments)
+        return None
+    arguments.settings, arguments.words = settings, list(words)
+    return getattr(module, f"{name}_verb"), arguments
 
 
 def _help() -> str:

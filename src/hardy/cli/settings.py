@@ -1,6 +1,7 @@
 """From words on a command line to a checked run: a recipe or a TOML file, then `--section.name value`."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from hardy.config import (
     ConfigError,
     Setting,
+    UserError,
     from_dict,
     keep_known,
     override,
@@ -66,6 +68,23 @@ def change(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         return from_dict(TrainConfig, override(base, changes))
     except ConfigError as error:
         raise ConfigError(_misplaced(changes, error) or str(error)) from None
+
+
+def read_run_config(run_dir: Path) -> TrainConfig:
+    """Return the configuration of the run in `run_dir`.
+
+    Raises:
+        UserError: there is no run, or its config.json does not parse.
+    """
+    path = run_dir / "config.json"
+    try:
+        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise UserError(
+            f"there is no run in {run_dir} (no config.json); start one with `hardy train`"
+        ) from None
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise UserError(f"{path} cannot be used: {error}") from None
 
 
 def _from_file(path: Path) -> TrainConfig:

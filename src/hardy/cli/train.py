@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from hardy.cli.dry_run import show_plan
 from hardy.cli.environment import cache_dir, world
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
-from hardy.cli.settings import change, resolve, settings_text
+from hardy.cli.settings import change, read_run_config, resolve, settings_text
 from hardy.cli.stop import StopSignal
 from hardy.cli.workers import run_workers
-from hardy.config import ConfigError, UserError, from_dict, parse_dotted
+from hardy.config import UserError, parse_dotted
 from hardy.train.config import TrainConfig
 from hardy.train.plan import World, plan_run
 
@@ -85,7 +84,7 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy resume`."""
     run_dir: Path = arguments.run_dir
     changes = parse_dotted(arguments.settings)
-    config = change(_read_config(run_dir), changes)
+    config = change(read_run_config(run_dir), changes)
     me, num_workers = _workers(arguments)
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
@@ -162,19 +161,6 @@ def _check_source(config: TrainConfig) -> None:
     from hardy.data.sources import open_source
 
     open_source(config.data)
-
-
-def _read_config(run_dir: Path) -> TrainConfig:
-    """Return the configuration of the run in `run_dir`."""
-    path = run_dir / "config.json"
-    try:
-        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise UserError(
-            f"there is no run in {run_dir} (no config.json); start one with `hardy train`"
-        ) from None
-    except (json.JSONDecodeError, ConfigError) as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
 
 
 def _displays(config: TrainConfig, run_dir: Path, arguments: argparse.Namespace) -> "list[Hook]":

@@ -77,7 +77,9 @@ def read_json_lines(path: Path, text_field: str) -> Iterator[Document]:
                 offset += len(line)
                 if text.strip():
                     where = f"{path}, line {number}"
-                    yield Document(where, text_of(_parsed(text.strip(), where), text_field, where=where))
+                    yield Document(
+                        where, text_of(_parsed(text.rstrip("\r\n"), where), text_field, where=where)
+                    )
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(
                 f"{path} is damaged or incomplete: {error}; fetch or compress it again"

@@ -119,7 +119,7 @@ def _hf(rest: str, config: DataConfig) -> Source:
             f"data.source={config.source}: write hf:NAME_OR_PATH[:SPLIT], such as hf:roneneldan/TinyStories"
         )
     datasets = _package("datasets", extra="hf", setting=config.source)
-    path, split = Path(name).expanduser(), split or "train"
+    path = Path(name).expanduser()
 
     def read() -> Iterator[Document]:
         with _explained(config.source):
@@ -140,13 +140,17 @@ def _open_dataset(datasets: Any, name: str, *, split: str) -> Any:
     """Open a saved data set, a local folder of files, or a remote data set as a stream."""
     path = Path(name).expanduser()
     if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(str(path))[split]
+        return datasets.load_from_disk(str(path))[split or "train"]
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        if split:
+            raise UserError(
+                f"data.source=hf:{name}:{split}: {path} was saved without splits; leave out :{split}"
+            )
         return datasets.load_from_disk(str(path))
     if path.exists():
-        return datasets.load_dataset(str(path), split=split)
+        return datasets.load_dataset(str(path), split=split or "train")
     dataset, _, subset = name.partition("@")
-    return datasets.load_dataset(dataset, subset or None, split=split, streaming=True)
+    return datasets.load_dataset(dataset, subset or None, split=split or "train", streaming=True)
 
 
 @contextmanager

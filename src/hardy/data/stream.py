@@ -17,7 +17,7 @@ class PackStream:
 
     Step s of a run with batches of B packs reads packs s*B ... s*B + B - 1; worker r of W takes every W-th
     of them. Nothing moves on when a batch is read, so resuming needs no state and the number of workers
-    changes no batch.
+    changes no batch. An evaluation takes one epoch, so that no pack comes twice.
     """
 
     def __init__(
@@ -36,13 +36,11 @@ class PackStream:
         Args:
             store: the documents.
             pack_tokens: token budget of a pack.
-            document_tokens: longest piece that attends as one, at most `pack_tokens`; none means
-            `pack_tokens`.
+            document_tokens: longest piece that attends as one; none means `pack_tokens`.
             packing: see `BalanceConfig.packing`.
             seed: of the order of documents or packs.
             end_id: label of the last token of a document.
-            num_epochs: the packs end after so many passes; none means they never do. Evaluation takes 1, so
-                that no pack comes twice; the last pack may then be short.
+            num_epochs: passes after which the packs end, the last perhaps short; none means never.
 
         Raises:
             UserError: the store is empty, or a piece may be longer than a pack.
@@ -50,9 +48,8 @@ class PackStream:
         if not store.num_documents:
             raise UserError("this split holds no document; raise data.validation_fraction or give more text")
         if document_tokens is not None and document_tokens > pack_tokens:
-            raise UserError(
-                f"data.document_tokens must be at most data.pack_tokens={pack_tokens}, got {document_tokens}"
-            )
+            limit = f"data.pack_tokens={pack_tokens}"
+            raise UserError(f"data.document_tokens must be at most {limit}, got {document_tokens}")
         self._store = store
         self._pack_tokens = pack_tokens
         self._end_id = end_id

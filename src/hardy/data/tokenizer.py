@@ -271,10 +271,8 @@ def _byte_characters() -> dict[str, int]:
     """Return the printable character that stands for each byte in byte-level vocabularies (GPT-2's table)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable} | {
-        byte: chr(256 + place) for place, byte in enumerate(others)
-    }
-    return {characters[byte]: byte for byte in range(256)}
+    characters = {chr(byte): byte for byte in printable}
+    return characters | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
 def _may_split(contents: dict[str, Any]) -> bool:

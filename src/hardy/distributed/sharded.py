@@ -81,6 +81,11 @@ def _mesh(device_type: str, *, replicas: int, shards: int) -> DeviceMesh:
     return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Return the model inside a wrapper that hides it (DDP); FSDP2 leaves a model what it was."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def averages_in_backward(model: nn.Module) -> bool:
     """Whether the wrapper of `model` averages gradients over the workers during the backward pass."""
     return isinstance(model, DistributedDataParallel | FSDPModule)

@@ -15,9 +15,9 @@ from hardy.ops.attention import packed_attention
 def build_model(config: ModelConfig, *, vocab_size: int, device: torch.device | str = "meta") -> nn.Module:
     """Build the model that `config` describes.
 
-    A decoder has no weights yet: it stands on the meta device, or has uninitialised memory on `device`, and
-    `initialise` draws them. A model of `hf:PATH` brings its weights (`pretrained` is true) and stands on the CPU
-    where `device` is meta.
+    A decoder has no weights yet: it stands on the meta device, or has uninitialised memory on `device`;
+    `initialise` draws them. A model of `hf:PATH` brings its weights (`pretrained` is true) and stands on the
+    CPU where `device` is meta.
 
     Args:
         config: the model's settings.

@@ -1,8 +1,8 @@
-"""A small Llama-like decoder over packed documents: RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+"""A small Llama-like decoder over packed documents: RMSNorm, rotary positions, SwiGLU, grouped queries.
 
-Attention is an argument, so that back ends, context parallelism and tests bring their own. The model has no batch
-dimension: it sees one row of T tokens and a layout that says where documents begin. Rotary positions follow the
-halves convention of Hugging Face's Llama, so weights are exchanged unchanged (`hardy.model.convert`).
+Attention is an argument, so that back ends, context parallelism and tests bring their own. The model has no
+batch dimension: it sees one row of T tokens and a layout that says where documents begin. The mathematics is
+that of Hugging Face's Llama, so weights are exchanged unchanged (`hardy.model.convert`).
 
 Shape suffixes: T packed tokens, D hidden size, F intermediate size, H heads, K head size, V vocabulary,
 S tokens in the cache.
@@ -24,7 +24,7 @@ from hardy.ops.rotary import Rotary, rotary_table, rotate
 
 
 class KeyValueCache:
-    """Keys and values of one document's tokens so far, for generation; room for `capacity_tokens` is kept."""
+    """Keys and values of one document's tokens so far, for generation; `capacity_tokens` have room."""
 
     def __init__(self, *, num_layers: int, capacity_tokens: int) -> None:
         self.capacity_tokens = capacity_tokens
@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; who sees whom is the callable's and the layout's business."""
+    """Grouped-query attention with rotary positions; who sees whom is up to the callable and the layout."""
 
     def __init__(self, shape: DecoderShape, *, layer: int, attention: PackedAttention) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model: embedding, blocks, norm, head. No buffers, so meta construction and any device move are safe."""
+    """The model: embedding, blocks, norm, head. Without buffers, so meta construction and moves are safe."""
 
     pretrained = False
     """Whether the weights come with the model; if not, `hardy.model.init.initialise` draws them."""
@@ -149,6 +149,15 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(shape.hidden_size, eps=shape.norm_eps)
         self.head = None if shape.tied else nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
 
+    @property
+    def context_tokens(self) -> int:
+        """Longest document the model may attend over."""
+        return self.shape.context_tokens
+
+    def unit_names(self) -> list[str]:
+        """Return the names of the blocks."""
+        return [f"blocks.{layer}" for layer in range(self.shape.num_layers)]
+
     def forward(
         self,
         tokens_T: Tensor,
@@ -156,7 +165,7 @@ class Decoder(nn.Module):
         labels_T: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """Return the summed negative log-likelihood of the labels (0-d, fp32), or the logits (T, V) without any.
+        """Return the summed negative log-likelihood of the labels (0-d, fp32), or without them the logits.
 
         Args:
             tokens_T: token ids of the packed documents, int64.
@@ -188,13 +197,11 @@ class Decoder(nn.Module):
 
 
 def unit_names(model: nn.Module) -> list[str]:
-    """Return the names of the modules that are sharded, compiled and synchronised as one: the blocks, in order.
-
-    A model of another kind names its own by a method `unit_names`.
-    """
-    if isinstance(model, Decoder):
-        return [f"blocks.{layer}" for layer in range(len(model.blocks))]
-    return list(model.unit_names())  # pyright: ignore[reportCallIssue]  # nn.Module types every attribute as a module
+    """Return the names of the modules that are sharded, compiled and synchronised as one: its blocks."""
+    names: Any = getattr(model, "unit_names", None)
+    if names is None:
+        raise TypeError(f"a {type(model).__name__} does not say what its units are")
+    return names()
 
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:

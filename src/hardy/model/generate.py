@@ -28,9 +28,9 @@ def generate(
 ) -> list[int]:
     """Continue a prompt and return the new tokens.
 
-    Ends after `max_new_tokens`, with a token of `stop_ids` (which is returned), or when prompt and new tokens fill
-    the model's `context_tokens`: nothing slides out of sight. A `Decoder` uses a cache of keys and values, other
-    models read the whole text again for every token.
+    Ends after `max_new_tokens`, with a token of `stop_ids` (which is returned), or when prompt and new tokens
+    fill the model's `context_tokens`: nothing slides out of sight. A `Decoder` keeps keys and values in a
+    cache, other models read the whole text again for every token.
 
     Args:
         model: called as `model(tokens_T, layout)`; its training mode is put back afterwards.
@@ -45,7 +45,7 @@ def generate(
     Raises:
         UserError: an empty or too long prompt, or a number out of range.
     """
-    context_tokens = getattr(getattr(model, "shape", None), "context_tokens", None)
+    context_tokens = getattr(model, "context_tokens", None)
     _check(prompt_ids, context_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
     limit = len(prompt_ids) + max_new_tokens
     limit = limit if context_tokens is None else min(limit, context_tokens)

@@ -1,7 +1,7 @@
 """Initial weights by name: the same on every device, world size and sharding.
 
-Each parameter draws from a random stream named by its own name, so no draw depends on another. Matrices are normal
-with deviation 0.02; those that write to the residual stream are smaller by sqrt(2 * layers), so that the stream's
+Each parameter draws from a random stream of its own name, so no draw depends on another. Matrices are normal
+with deviation 0.02; those that write to the residual stream are smaller by sqrt(2 * layers), so that its
 variance does not grow with depth (GPT-2's rule); norms are 1.
 """
 
@@ -19,10 +19,10 @@ RESIDUAL_WRITERS = ("attention.output.weight", "feed_forward.down.weight")
 
 
 def initialise(model: nn.Module, *, seed: int, place: Callable[[Tensor, Tensor], None] | None = None) -> None:
-    """Draw every parameter of a decoder anew, in place; a model that brings its weights is left alone.
+    """Draw every parameter of a decoder anew, in place; a model that brought its weights is left alone.
 
     Args:
-        model: a decoder whose parameters have memory (after `to_empty` where it was built on the meta device).
+        model: a decoder whose parameters have memory (after `to_empty` where it was built on meta).
         seed: the run's seed.
         place: how a full tensor (fp32, CPU) gets into a parameter, for sharded ones; None copies it. Every
             worker is given every full tensor and keeps its own part.

@@ -1,7 +1,7 @@
 """Named sizes of the decoder, and what settings make of them. Free of torch.
 
-60m to 7b are the Llama shapes of APOLLO's and GaLore's experiments (vocabulary 32000, untied); 13b is Llama 2's,
-3b is ours. The small ones are for laptops and tests: their embedding is tied and counted at 4096 rows.
+60m to 7b are the Llama shapes of GaLore's and APOLLO's experiments (vocabulary 32000, untied); 13b is Llama
+2's, 3b is ours. The small ones are for laptops and tests: the embedding is tied and counted at 4096 rows.
 """
 
 from dataclasses import dataclass, replace
@@ -145,7 +145,7 @@ def _vocab_rows(config: ModelConfig, *, vocab_size: int) -> int:
         return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if config.vocab_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's vocabulary of {vocab_size}: "
+            f"model.vocab_size={config.vocab_size} is below the tokenizer's vocabulary of {vocab_size}, "
             f"a tokenizer whose vocabulary does not fit the model; leave model.vocab_size out, raise it, or "
             f"choose a smaller data.tokenizer"
         )

@@ -10,7 +10,8 @@ Shape suffixes: T packed tokens, H heads (keys and values may have fewer: groupe
 
 import logging
 from functools import cache
-from typing import Literal, Protocol, cast
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from hardy.ops.attention_kernels import flex_attention, varlen_attention
 from hardy.ops.packed import DocumentLayout
 
 logger = logging.getLogger(__name__)
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 Backend = Literal["auto", "reference", "dense", "varlen", "flex"]
 
@@ -63,7 +66,12 @@ BACKENDS: dict[str, _Implementation] = {
 CUDA_ONLY = frozenset({"varlen", "flex"})
 
 
-@torch.compiler.disable  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
+def _outside_graphs(function: FunctionT) -> FunctionT:
+    """Keep torch.compile out of a function, whose type stays."""
+    return cast(FunctionT, torch.compiler.disable(function))  # pyright: ignore[reportUnknownMemberType]  # untyped
+
+
+@_outside_graphs
 def packed_attention(
     query_THK: Tensor,
     key_THK: Tensor,

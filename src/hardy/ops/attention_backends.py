@@ -134,7 +134,7 @@ def dense_attention(
 def _attend_in_rectangles(
     inputs: tuple[Tensor, Tensor, Tensor], layout: DocumentLayout, *, rule: AttentionRule
 ) -> Tensor:
-    """Attend with causal queries as long as their keys: like lengths share a call, padded behind their ends."""
+    """Attend with as many causal queries as keys: like lengths share a call, padded behind their ends."""
     rectangles = plan_rectangles(layout.lengths, positions_T=layout.positions_T)
     sizes = [documents * length for documents, length in rectangles.shapes]
     parts = [torch.split_with_sizes(to_rows(x, rectangles), sizes) for x in inputs]

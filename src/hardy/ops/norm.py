@@ -18,7 +18,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
     """Return weight * x / sqrt(mean(x^2) + eps), computed in fp32 at least, in the dtype of `x_TD`.
 
     Example:
-        >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.ones(2), eps=0.0).tolist()
+        >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.ones(2), eps=0.0).round(decimals=4).tolist()
         [[1.0, -1.0]]
     """
     if x_TD.device.type == "cuda":  # one fused kernel there
@@ -31,7 +31,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        norm_T1 = torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True)
+        norm_T1 = cast(Tensor, torch.linalg.vector_norm(wide_TD, dim=-1, keepdim=True))  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
         factor_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x_TD, weight_D, factor_T1)
         return (wide_TD * factor_T1).mul_(weight_D).to(x_TD.dtype)

@@ -1,7 +1,7 @@
 """Packed tokens to rectangles and back: documents of nearly one length share a batch, padded by a few rows.
 
-Many small calls cost more than a little padding. Padding rows are zeros behind the document's end, where causal
-attention never looks, so the result is exact.
+Many small calls cost more than a little padding. Padding rows are zeros behind the document's end, where
+causal attention never looks, so the result is exact.
 
 Shape suffixes: T packed tokens, R rows of all rectangles.
 """

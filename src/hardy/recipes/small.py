@@ -10,7 +10,9 @@ def tiny() -> TrainConfig:
     """Byte model of 0.7 million parameters on Python's own sources: seconds on a CPU, no network."""
     return TrainConfig(
         model=ModelConfig(name="1m"),
-        data=DataConfig(source="pydocs", tokenizer="bytes", pack_tokens=256, limit_mb=2.0),
+        data=DataConfig(
+            source="pydocs", tokenizer="bytes", pack_tokens=256, limit_mb=4.0, validation_fraction=0.05
+        ),
         optim=AdamWConfig(lr=3e-3, schedule=ScheduleConfig(warmup_steps=10)),
         train=LoopConfig(steps=60, batch_packs=8, evaluate_every_steps=30, evaluate_packs=16),
         checkpoint=CheckpointConfig(every_steps=30),

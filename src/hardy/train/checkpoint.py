@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +26,7 @@ from hardy.train.manifest import INDEX, PLAIN, Checkpoint, read_document
 from hardy.train.peers import Peers
 from hardy.train.plain import encode
 from hardy.train.state import load_state, state_of
-from hardy.train.storage import WritePlan, fill, mesh_of, plan_write, read_index
+from hardy.train.storage import WritePlan, copy_to_memory, fill, mesh_of, plan_write, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class CheckpointStore:
         asynchronous: whether `save` returns once tensors are copied to memory and writes in the background.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from hardy.distributed.comm import Alone
         >>> model = nn.Linear(2, 2)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -128,7 +127,8 @@ class CheckpointStore:
             self._fail(step, plan, error)
             return
         if self._asynchronous:
-            plan = replace(plan, pieces=self._snapshot(plan.pieces))
+            self._buffers = copy_to_memory(plan.pieces, buffers=self._buffers)
+            plan = replace(plan, pieces=self._buffers)
         if score is not None and not math.isfinite(score):
             score = None
         job = _Job(step=step, score=score, plan=plan, mesh=mesh_of(tensors), plain=document)
@@ -216,18 +216,6 @@ class CheckpointStore:
         if free < plan.num_bytes + _SLACK_BYTES:
             raise OSError("the disk has too little space left")
         self._temporary(step).mkdir()
-
-    def _snapshot(self, pieces: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy tensors to memory, into the buffers of the last time where they fit."""
-        old, self._buffers = self._buffers, {}
-        for name, piece in pieces.items():
-            buffer = old.get(name)
-            if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
-                buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
-            self._buffers[name] = buffer.copy_(piece.detach(), non_blocking=True)
-        if any(piece.is_cuda for piece in pieces.values()):
-            torch.cuda.synchronize()
-        return self._buffers
 
     def _write_behind(self, job: _Job) -> None:
         """Write in the background; what is no fault of the disk is raised by the next call."""

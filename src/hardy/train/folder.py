@@ -76,7 +76,8 @@ class RunFolder:
                 f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go on "
                 f"with that run by `hardy resume {self.path}`"
             )
-        if self.path.exists() and any(child != self.lock_file for child in self.path.iterdir()):
+        ours = {self.lock_file.name, self.run_file.name, "code.diff"}  # what a start that was cut off leaves
+        if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:
             raise UserError(f"{self.path} is not empty and holds no run; choose another --run-dir")
         self.path.mkdir(parents=True, exist_ok=True)
         diff = code_diff()

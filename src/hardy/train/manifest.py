@@ -191,8 +191,8 @@ def newest_good(root: Path) -> tuple[Checkpoint | None, list[Path]]:
     if damaged:
         listed = "; ".join(map(str, damaged))
         raise UserError(
-            f"no checkpoint in {root} is good, {len(damaged)} are damaged: {listed}. Restore one from a backup, or "
-            f"delete them to start from step 0"
+            f"no checkpoint in {root} is good, {len(damaged)} are damaged: {listed}. Restore one from a "
+            f"backup, or delete them to start from step 0"
         )
     return None, []
 
@@ -204,9 +204,9 @@ def too_many(
 
     Checkpoints of later steps come from a run that was taken back; they neither count nor go here.
     """
-    past = sorted((c for c in checkpoints if c.step < saved.step), key=lambda c: c.step)
+    past = sorted((c for c in checkpoints if c.step < saved.step), key=lambda c: c.step, reverse=True)
     scored = sorted((c for c in [*past, saved] if c.score is not None), key=lambda c: (c.score, -c.step))
-    kept = {c.step for c in past[len(past) - max(keep_last - 1, 0) :]} | {c.step for c in scored[:keep_best]}
+    kept = {c.step for c in past[: keep_last - 1]} | {c.step for c in scored[:keep_best]}
     return [c.folder for c in past if c.step not in kept]
 
 

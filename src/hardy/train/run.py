@@ -14,6 +14,7 @@ from torch import Tensor
 from hardy.config import from_dict, override, to_dict
 from hardy.data.corpus import Corpus, prepare
 from hardy.distributed.comm import Alone, Communicator, join_world, leave_world
+from hardy.distributed.sharded import bare
 from hardy.model.generate import generate
 from hardy.train.checkpoint import CheckpointStore
 from hardy.train.config import TrainConfig
@@ -256,6 +257,6 @@ def sample(assembly: Assembly, corpus: Corpus) -> str:
     store = corpus.validation if corpus.validation.num_documents else corpus.train
     prompt = store.document(0)[:PROMPT_TOKENS].tolist()
     added = generate(
-        assembly.worker.model, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0
+        bare(assembly.worker.model), prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0
     )
     return f"{corpus.tokenizer.decode(prompt)}⟶{corpus.tokenizer.decode(added)}"

@@ -4,8 +4,8 @@ Names are canonical (no trace of DDP, torch.compile or activation checkpointing)
 reads what every other wrote. Keys are `model/<name>` and `optim/<name of parameter>/<key of state>`.
 
 Torch's own get/set_optimizer_state_dict are left aside (tried with torch 2.13): getting takes a step on an
-optimizer that took none, so an AdamW saved before its first step comes back with `step` at 1; setting fails when
-a parameter never had a gradient.
+optimizer that took none, so an AdamW saved before its first step comes back with `step` at 1; setting fails
+when a parameter never had a gradient.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

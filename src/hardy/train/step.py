@@ -78,7 +78,7 @@ def train_step(
     """
     started_s = worker.comm.clock.now()
     worker.strategy.before_forward()
-    nll_sum = torch.zeros((), device=worker.device)
+    nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
     for i, batch in enumerate(micro_batches):
         with accumulating(worker.model, last=i == len(micro_batches) - 1):
             with worker.autocast.context():
@@ -88,8 +88,7 @@ def train_step(
     worker.strategy.reduce_gradients()
     parameters = [p for group in worker.optimizer.param_groups for p in group["params"]]
     norm = grad_norm(parameters)
-    vote = nll_sum.new_tensor(float(wants_stop), dtype=torch.float64)
-    totals = worker.comm.sum(torch.stack([nll_sum.double(), vote]))
+    totals = worker.comm.sum(torch.stack([nll_sum, nll_sum.new_tensor(float(wants_stop))]))
     # The step's only wait for the device: an update that holds a NaN must not happen.
     nll_total, votes, norm_value = torch.cat([totals, norm.double().reshape(1)]).tolist()
     applied = math.isfinite(nll_total) and math.isfinite(norm_value)

@@ -90,6 +90,19 @@ def plan_write(tensors: Mapping[str, Tensor], peers: Peers) -> WritePlan:
     return WritePlan(file=_rank_file(peers.rank), pieces=pieces, num_bytes=num_bytes, index=index or None)
 
 
+def copy_to_memory(pieces: Mapping[str, Tensor], *, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies in memory that later changes do not reach, in `buffers` of an earlier call if they fit."""
+    copies: dict[str, Tensor] = {}
+    for name, piece in pieces.items():
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != piece.shape or buffer.dtype != piece.dtype:
+            buffer = torch.empty(piece.shape, dtype=piece.dtype, pin_memory=piece.is_cuda)
+        copies[name] = buffer.copy_(piece.detach(), non_blocking=True)
+    if any(piece.is_cuda for piece in pieces.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def _rank_file(rank: int) -> str:
     return f"rank-{rank:04d}.safetensors"
 

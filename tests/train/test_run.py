@@ -1,0 +1,156 @@
+"""Starting and resuming a run: files it leaves, the same losses after a stop, refusals."""
+
+import json
+import signal
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from hardy.config import UserError
+from hardy.train.hooks import Hook
+from hardy.train.metrics import read_metrics
+from hardy.train.run import Surroundings, resume, start
+
+
+def losses(run_dir):
+    return [(r["step"], r["loss"], r.get("validation_loss")) for r in read_metrics(run_dir / "metrics.jsonl")]
+
+
+class StopAt(Hook):
+    """Asks the run to stop once a step is recorded."""
+
+    def __init__(self, step):
+        self.step, self.number = step, None
+
+    def on_step(self, record):
+        if record["step"] == self.step:
+            self.number = signal.SIGTERM
+
+
+@pytest.fixture
+def around(cache_dir):
+    def around(*hooks, **more):
+        return Surroundings(cache_dir=cache_dir, hooks=hooks, **more)
+
+    return around
+
+
+@pytest.fixture(scope="module")
+def whole(make_config, cache_dir, tmp_path_factory):
+    """The uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    return run_dir, start(make_config(), run_dir, Surroundings(cache_dir=cache_dir, command=["hardy", "train"]))
+
+
+def test_a_run_leaves_everything_it_promises(whole):
+    run_dir, summary = whole
+    names = {path.name for path in run_dir.iterdir()}
+    expected = {"config.json", "run.json", "metrics.jsonl", "summary.json", "checkpoints", "tokenizer"}
+    assert expected <= names
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == summary.steps == 6
+    assert summary.stopped_by is None
+    assert summary.tokens == 6 * 4 * 32
+    assert summary.validation_loss < summary.first_loss
+    assert "⟶" in summary.sample
+    (first,) = json.loads((run_dir / "run.json").read_text())["starts"]
+    assert first["command"] == ["hardy", "train"]
+
+
+def test_a_stopped_run_goes_on_with_the_same_losses(whole, make_config, around, tmp_path):
+    stopper = StopAt(3)
+    summary = start(make_config(), tmp_path / "run", around(stopper, stop_signal=lambda: stopper.number))
+    assert summary.stopped_by == "SIGTERM"
+    assert summary.steps == 4  # the wish is voted on in the step after the one that was recorded
+    assert resume(tmp_path / "run", around()).steps == 6
+    assert losses(tmp_path / "run") == losses(whole[0])
+    assert [s["from_step"] for s in json.loads((tmp_path / "run" / "run.json").read_text())["starts"]] == [0, 4]
+
+
+def test_a_run_without_checkpoint_starts_over(whole, make_config, around, tmp_path):
+    class Crash(Hook):
+        def on_step(self, record):
+            if record["step"] == 1:
+                raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        start(make_config(), tmp_path / "run", around(Crash()))
+    resume(tmp_path / "run", around())
+    assert losses(tmp_path / "run") == losses(whole[0])
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, make_config, around, tmp_path, caplog):
+    stopper = StopAt(4)
+    start(make_config(), tmp_path / "run", around(stopper, stop_signal=lambda: stopper.number))
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    victim = next(newest.glob("*.safetensors"))
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 1
+    victim.write_bytes(data)
+    resume(tmp_path / "run", around())
+    assert newest.name in caplog.text
+    assert losses(tmp_path / "run") == losses(whole[0])
+
+
+def test_a_finished_run_can_be_lengthened(whole, make_config, around, tmp_path):
+    start(make_config(), tmp_path / "run", around())
+    assert resume(tmp_path / "run", around(), changes={"train": {"steps": 8}}).steps == 8
+    assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, 9))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"model": {"shape": {"num_layers": 1}}}, "cannot resume .*the model changed"),
+        ({"train": {"batch_packs": 2}}, "cannot resume .*the order of the data changed"),
+        ({"data": {"validation_fraction": 0.3}}, "cannot resume .*the data changed"),
+    ],
+)
+def test_resuming_with_another_model_or_data_is_refused_and_loses_nothing(
+    make_config, around, tmp_path, changes, text
+):
+    start(make_config(train__steps=2, optim__schedule__warmup_steps=1), tmp_path / "run", around())
+    before = losses(tmp_path / "run")
+    with pytest.raises(UserError, match=text):
+        resume(tmp_path / "run", around(), changes=changes)
+    assert losses(tmp_path / "run") == before
+
+
+def test_two_processes_cannot_train_in_one_folder(make_config, around, tmp_path):
+    class Intruder(Hook):
+        def on_step(self, record):
+            with pytest.raises(UserError, match="another process is training in"):
+                resume(tmp_path / "run", around())
+
+    start(make_config(train__steps=1, optim__schedule__warmup_steps=0), tmp_path / "run", around(Intruder()))
+
+
+def test_all_checkpoints_damaged_is_an_error_that_lists_them(make_config, around, tmp_path):
+    start(make_config(), tmp_path / "run", around())
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/*.safetensors"):
+        tensors = load_file(file)
+        save_file({name: value + 1 for name, value in tensors.items()}, file)
+    with pytest.raises(UserError, match=r"step-00000006"):
+        resume(tmp_path / "run", around())
+
+
+def test_hooks_hear_of_phases_start_steps_and_end(make_config, cache_dir, tmp_path, text_folder):
+    heard = []
+
+    class Listener(Hook):
+        def on_phase(self, name, fraction):
+            heard.append("phase")
+
+        def on_start(self, facts):
+            heard.append(("start", facts.total_steps, facts.num_workers, facts.tokens_per_step))
+
+        def on_step(self, record):
+            heard.append(record["step"])
+
+        def on_end(self, summary):
+            heard.append(("end", summary.steps))
+
+    config = make_config(train__steps=2, optim__schedule__warmup_steps=1)
+    start(config, tmp_path / "run", Surroundings(cache_dir=tmp_path / "new_cache", hooks=[Listener()]))
+    assert heard[0] == "phase"
+    assert [h for h in heard if h != "phase"] == [("start", 2, 1, 128), 1, 2, ("end", 2)]
