@@ -2,9 +2,11 @@
 
 import multiprocessing
 import sys
+import tempfile
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,9 +31,10 @@ def run_workers(tmp_path):
         )
 
     def run(body, *, size=2, timeout_s=60.0, may_die=()):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))  # its own, as a test may call this more than once
         context = multiprocessing.get_context("fork")
         workers = [
-            context.Process(target=_work, args=(body, rank, size, timeout_s, tmp_path), daemon=True)
+            context.Process(target=_work, args=(body, rank, size, timeout_s, folder), daemon=True)
             for rank in range(size)
         ]
         with warnings.catch_warnings():
@@ -41,31 +44,31 @@ def run_workers(tmp_path):
                 worker.start()
         counting = [rank for rank in range(size) if rank not in may_die]
         failed = _wait_for(workers, counting, timeout_s + 1.5)
-        told = [(tmp_path / f"worker{rank}.txt") for rank in range(size)]
+        told = [(folder / f"worker{rank}.txt") for rank in range(size)]
         texts = [path.read_text() for path in told if path.exists()]
         if failed:
             pytest.fail(f"workers failed or hung: {failed}\n" + "\n".join(texts), pytrace=False)
-        return [torch.load(tmp_path / f"worker{rank}.pt", weights_only=False) for rank in counting]
+        return [torch.load(folder / f"worker{rank}.pt", weights_only=False) for rank in counting]
 
     return run
 
 
-def _work(body, rank, size, timeout_s, tmp_path):
+def _work(body, rank, size, timeout_s, folder):
     """Be one worker."""
     torch.set_num_threads(1)  # a forked child must not wake the parent's OpenMP threads
     try:
         comm = join_world(
             rank=rank,
             size=size,
-            init_method=f"file://{tmp_path}/store",
+            init_method=f"file://{folder}/store",
             device_type="cpu",
             timeout_s=timeout_s,
         )
         result = body(comm)
-        torch.save(result, tmp_path / f"worker{rank}.pt")
+        torch.save(result, folder / f"worker{rank}.pt")
         leave_world()
     except BaseException:
-        (tmp_path / f"worker{rank}.txt").write_text(f"--- worker {rank}\n{traceback.format_exc()}")
+        (folder / f"worker{rank}.txt").write_text(f"--- worker {rank}\n{traceback.format_exc()}")
         sys.exit(1)
 
 

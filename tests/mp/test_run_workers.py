@@ -11,6 +11,10 @@ def test_results_come_back_in_rank_order(run_workers):
     assert run_workers(lambda comm: comm.rank * 10) == [0, 10]
 
 
+def test_a_test_may_start_workers_twice(run_workers):
+    assert [run_workers(lambda comm: comm.size, size=size) for size in (2, 1)] == [[2, 2], [1]]
+
+
 def test_the_traceback_of_a_worker_reaches_the_test(run_workers):
     def body(comm):
         if comm.rank == 1:

@@ -64,6 +64,25 @@ def test_the_step_count_and_the_moments_come_back():
         assert torch.equal(fresh.state[twin]["exp_avg"], optimizer.state[param]["exp_avg"])
 
 
+def test_pending_gradients_are_dropped():
+    saved = state_of(*step(*make(torch.optim.SGD)))
+    model, optimizer = make(torch.optim.SGD)
+    model(torch.ones(1, 3)).sum().backward()
+    load(saved, model, optimizer)
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_load_that_fails_leaves_the_learning_rate():
+    def broken(targets):
+        raise UserError("unreadable")
+
+    saved = state_of(*step(*make()))
+    model, optimizer = make()
+    with pytest.raises(UserError, match="unreadable"):
+        load_state(model, optimizer, saved=saved.tensors, plain=saved.plain, fill=broken)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_a_state_of_nothing_empties_a_used_optimizer():
     saved = state_of(*make())
     model, optimizer = step(*make())

@@ -1,10 +1,8 @@
-"""Threads that take turns in virtual time: the ground under `simulation`. Knows nothing of tensors or
-networks.
+"""Threads that take turns in virtual time: the ground under `simulation`, free of tensors and networks.
 
 Exactly one thread runs at a time: of the members that can go on, the one whose clock is furthest behind, then
-the lowest rank. A thread gives up its turn when it advances its clock or meets the others, so whatever it
-does happens no earlier in virtual time than all that others did before. The order is the same on every
-machine.
+the lowest rank. A thread gives up its turn when it advances its clock or meets the others, so what it does
+happens no earlier in virtual time than all that others did before. The order is the same on every machine.
 """
 
 import heapq

@@ -1,8 +1,8 @@
 """Any local Hugging Face causal language model under the decoder's contract: packed documents, summed loss.
 
 transformers asks its attention registry for the function named in the model's config; ours attends within the
-documents of a layout that travels as a keyword, so recomputed blocks see it too. That a model hands it down, and
-computes positions and masks so that documents stay apart, is not assumed: `HFCausalLM` tries it on two small
+documents of a layout that travels as a keyword, so recomputed blocks see it too. That a model hands it down,
+and computes positions and masks so that documents stay apart, is not assumed: `HFCausalLM` tries it on two small
 documents before the first step. The only file of this room that imports transformers.
 
 Shape suffixes: T packed tokens, D hidden size, H heads, K head size, V vocabulary, 1 the batch they want.
@@ -158,7 +158,7 @@ def attend(
         raise UserError(f"{kind} does not hand the borders of documents down; choose another model")
     foreign = [term for term in FOREIGN_TERMS if more.get(term) is not None]
     if foreign:
-        raise UserError(f"{kind} adds {', '.join(foreign)} to attention; packed attention has none of these")
+        raise UserError(f"{kind} adds {', '.join(foreign)} to attention, which packed attention has not")
     if more.get("dropout"):
         raise UserError(
             f"{kind} wants attention dropout {more['dropout']}, packed attention has none; set it to 0 in its "
@@ -171,7 +171,9 @@ def attend(
         scale=more.get("scaling"),
     )
     out_THK = packed_attention(
-        *(x[0].transpose(0, 1) for x in (query_1HTK, key_1HTK, value_1HTK)),
+        query_1HTK[0].transpose(0, 1),
+        key_1HTK[0].transpose(0, 1),
+        value_1HTK[0].transpose(0, 1),
         layout,
         rule=rule,
         backend=more.get("hardy_backend", "auto"),

@@ -9,8 +9,8 @@ Shape suffixes: T packed tokens, H heads (keys and values may have fewer: groupe
 """
 
 import logging
-from functools import cache
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch

@@ -92,7 +92,6 @@ def load_state(
     wanted = {key for key in saved if key.startswith(OPTIM)} if optimizer is not None else set()
     present: dict[str, Tensor] = {}
     if optimizer is not None:
-        optimizer.zero_grad(set_to_none=True)
         _check_class(optimizer, plain)
         held = {name for group in plain["groups"] for name in group["params"]}
         _check_names("optimizer's parameters", held, _parameter_names(model, optimizer))

@@ -91,7 +91,7 @@ def plan_write(tensors: Mapping[str, Tensor], peers: Peers) -> WritePlan:
 
 
 def copy_to_memory(pieces: Mapping[str, Tensor], *, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies in memory that later changes do not reach, in `buffers` of an earlier call if they fit."""
+    """Return copies in memory that later changes do not reach, in the last call's `buffers` if they fit."""
     copies: dict[str, Tensor] = {}
     for name, piece in pieces.items():
         buffer = buffers.get(name)

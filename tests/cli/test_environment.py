@@ -1,0 +1,51 @@
+"""What the environment says."""
+
+from pathlib import Path
+
+import pytest
+
+from hardy.cli.environment import cache_dir, world
+from hardy.config import UserError
+from hardy.train.plan import World
+
+
+def test_the_cache_folder_by_option_then_variable_then_custom(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    everything = {"HARDY_CACHE": "/b", "XDG_CACHE_HOME": "/c"}
+    assert cache_dir("/a", everything) == Path("/a")
+    assert cache_dir(None, everything) == Path("/b")
+    assert cache_dir(None, {"XDG_CACHE_HOME": "/c"}) == Path("/c/hardy")
+    assert cache_dir(None, {"HARDY_CACHE": "", "XDG_CACHE_HOME": ""}) == Path("/home/someone/.cache/hardy")
+    assert cache_dir("~/x", {}) == Path("/home/someone/x")
+
+
+def test_without_a_launcher_a_worker_is_alone():
+    assert world({}) == World()
+
+
+def test_our_launcher_gives_a_file_to_meet_at():
+    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "HARDY_MEETING": "file:///tmp/x"}
+    assert world(said) == World(rank=1, size=2, local_rank=1, address="file:///tmp/x")
+
+
+def test_torchrun_gives_an_address():
+    said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+    assert world(said) == World(rank=3, size=4, local_rank=1, address="env://")
+
+
+def test_a_launcher_of_one_needs_no_address():
+    assert world({"RANK": "0", "WORLD_SIZE": "1"}) == World()
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE='', which is no number"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x', which is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "not MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_a_launcher_that_says_too_little_is_refused(said, text):
+    with pytest.raises(UserError, match=text):
+        world(said)

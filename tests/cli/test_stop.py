@@ -1,0 +1,44 @@
+"""Signals during training."""
+
+import os
+import signal
+
+import pytest
+
+from hardy.cli.failure import Terminated
+from hardy.cli.stop import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_once_training_asks_the_first_signal_is_only_remembered(number):
+    with StopSignal() as stop:
+        assert stop() is None
+        os.kill(os.getpid(), number)
+        assert stop() == number
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_before_training_a_signal_ends_at_once(number, kind):
+    with pytest.raises(kind), StopSignal():
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_the_second_signal_ends_at_once(number, kind):
+    with StopSignal() as stop:
+        stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(kind):
+            os.kill(os.getpid(), number)
+        assert stop() == signal.SIGINT
+
+
+def test_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
