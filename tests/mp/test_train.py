@@ -66,10 +66,8 @@ def test_a_run_moves_between_world_sizes(run_workers, config, tmp_path):
     """1 -> 2 (DDP) -> 4 (HSDP) -> 1, five steps each, against the uninterrupted run."""
     start(config, tmp_path / "alone", Surroundings(cache_dir=tmp_path / "cache"))
 
-    def steps(number, shards):
-        return {"train": {"steps": STEPS}, "strategy": {"mesh": {"shards": shards}}} | {
-            "checkpoint": {"every_steps": number}
-        }
+    def laid_out(shards):
+        return from_dict(TrainConfig, override(to_dict(config), {"strategy.mesh.shards": shards}))
 
     class Stop:
         """Asks to stop so that the run saves after a given number of steps."""
@@ -91,9 +89,9 @@ def test_a_run_moves_between_world_sizes(run_workers, config, tmp_path):
         def body(comm, name=name, size=size, shards=shards):
             leave_world()
             world = World(rank=comm.rank, size=size, address=f"file://{tmp_path}/meeting-{name}")
-            return resume(run_dir, around(world, Stop(5)), changes=steps(100, shards)).steps
+            return resume(run_dir, around(world, Stop(5)), config=laid_out(shards)).steps
 
         run_workers(body, size=size)
     assert 10 < len(curve(run_dir)) < STEPS
-    assert resume(run_dir, around(), changes=steps(100, 1)).steps == STEPS
+    assert resume(run_dir, around(), config=laid_out(1)).steps == STEPS
     assert curve(run_dir) == pytest.approx(curve(tmp_path / "alone"), abs=1e-5)

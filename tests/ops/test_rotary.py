@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from hardy.ops.rotary import rotary_table, rotate
+from hardy.ops.rotary import Rotary, rotary_table, rotate
 
 
 def test_positions_turn_halves_by_their_angle():
@@ -31,7 +31,8 @@ def test_products_depend_on_the_distance_alone():
 
 
 def test_gradient_and_dtype():
-    table = tuple(part.double() for part in rotary_table(torch.arange(3), head_size=4, theta=10.0))
+    single = rotary_table(torch.arange(3), head_size=4, theta=10.0)
+    table = Rotary(cos=single.cos.double(), sin=single.sin.double())
     x_THK = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotate(x, table), x_THK)
     assert rotate(x_THK.bfloat16(), table).dtype == torch.bfloat16

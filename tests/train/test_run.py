@@ -93,17 +93,28 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, make_c
 
 def test_a_finished_run_can_be_lengthened(whole, make_config, around, tmp_path):
     start(make_config(), tmp_path / "run", around())
-    assert resume(tmp_path / "run", around(), changes={"train": {"steps": 8}}).steps == 8
+    assert resume(tmp_path / "run", around(), config=make_config(train__steps=8)).steps == 8
     assert [step for step, *_ in losses(tmp_path / "run")] == list(range(1, 9))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 8
+
+
+def test_settings_changed_at_a_resume_are_used(make_config, around, tmp_path):
+    """The learning rate, the decay and the betas of the new config, not those that lie in the checkpoint."""
+    start(make_config(), tmp_path / "run", around())
+    changed = make_config(train__steps=8, optim__weight_decay=0.5, optim__beta1=0.5, optim__lr=0.02)
+    resume(tmp_path / "run", around(), config=changed)
+    (newest, *_) = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
+    groups = json.loads((newest / "plain.json").read_text())["optimizer"]["groups"]
+    assert groups[0]["weight_decay"] == 0.5
+    assert groups[0]["betas"] == {"__tuple__": [0.5, 0.95]}
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"model": {"shape": {"num_layers": 1}}}, "cannot resume .*the model changed"),
-        ({"train": {"batch_packs": 2}}, "cannot resume .*the order of the data changed"),
-        ({"data": {"validation_fraction": 0.3}}, "cannot resume .*the data changed"),
+        ({"model__shape__num_layers": 1}, "cannot resume .*the model changed"),
+        ({"train__batch_packs": 2}, "cannot resume .*the order of the data changed"),
+        ({"data__validation_fraction": 0.3}, "cannot resume .*the data changed"),
     ],
 )
 def test_resuming_with_another_model_or_data_is_refused_and_loses_nothing(
@@ -112,7 +123,7 @@ def test_resuming_with_another_model_or_data_is_refused_and_loses_nothing(
     start(make_config(train__steps=2, optim__schedule__warmup_steps=1), tmp_path / "run", around())
     before = losses(tmp_path / "run")
     with pytest.raises(UserError, match=text):
-        resume(tmp_path / "run", around(), changes=changes)
+        resume(tmp_path / "run", around(), config=make_config(**changes))
     assert losses(tmp_path / "run") == before
 
 

@@ -83,8 +83,7 @@ def train_verb(arguments: argparse.Namespace) -> int:
 def resume_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy resume`."""
     run_dir: Path = arguments.run_dir
-    changes = parse_dotted(arguments.settings)
-    config = change(read_run_config(run_dir), changes)
+    config = change(read_run_config(run_dir), parse_dotted(arguments.settings))
     me, num_workers = _workers(arguments)
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
@@ -92,7 +91,7 @@ def resume_verb(arguments: argparse.Namespace) -> int:
         return run_workers(num_workers, [*words, *(["--json"] if arguments.json else [])])
     from hardy.train import run
 
-    return _run(lambda around: run.resume(run_dir, around, changes=changes), config, run_dir, me, arguments)
+    return _run(lambda around: run.resume(run_dir, around, config=config), config, run_dir, me, arguments)
 
 
 def _run(
@@ -103,13 +102,14 @@ def _run(
     arguments: argparse.Namespace,
 ) -> int:
     """Train in this process, show how it ended and return the exit code."""
+    from hardy.distributed.comm import WorkerLostError
     from hardy.train.loop import RunFailed
 
     hooks = _displays(config, run_dir, arguments) if me.rank == 0 else []
     with StopSignal() as stop:
         try:
             summary = begin(_surroundings(config, me, arguments, hooks, stop))
-        except RunFailed as error:
+        except (RunFailed, WorkerLostError) as error:
             raise failure.CommandFailedError(str(error)) from error
         finally:
             for hook in hooks:

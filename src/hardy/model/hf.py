@@ -2,8 +2,8 @@
 
 transformers asks its attention registry for the function named in the model's config; ours attends within the
 documents of a layout that travels as a keyword, so recomputed blocks see it too. That a model hands it down,
-and computes positions and masks so that documents stay apart, is not assumed: `HFCausalLM` tries it on two small
-documents before the first step. The only file of this room that imports transformers.
+and computes positions and masks so that documents stay apart, is not assumed: `HFCausalLM` tries it on two
+small documents before the first step. The only file of this room that imports transformers.
 
 Shape suffixes: T packed tokens, D hidden size, H heads, K head size, V vocabulary, 1 the batch they want.
 """
@@ -161,8 +161,8 @@ def attend(
         raise UserError(f"{kind} adds {', '.join(foreign)} to attention, which packed attention has not")
     if more.get("dropout"):
         raise UserError(
-            f"{kind} wants attention dropout {more['dropout']}, packed attention has none; set it to 0 in its "
-            f"config.json"
+            f"{kind} wants attention dropout {more['dropout']}, packed attention has none; "
+            f"set it to 0 in its config.json"
         )
     window = more.get("sliding_window")
     rule = AttentionRule(

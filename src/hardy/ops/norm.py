@@ -21,7 +21,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
         >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.ones(2), eps=0.0).round(decimals=4).tolist()
         [[1.0, -1.0]]
     """
-    if x_TD.device.type == "cuda":  # one fused kernel there
+    if x_TD.device.type == "cuda" or torch.compiler.is_compiling():  # one fused kernel there
         return torch_rms_norm(x_TD, weight_D.shape, weight_D, eps)
     apply = cast("Callable[..., Tensor]", _RMSNorm.apply)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
     return apply(x_TD, weight_D, eps)

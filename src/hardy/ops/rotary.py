@@ -7,35 +7,47 @@ Shape suffixes: T packed tokens, H heads, K head size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-Rotary = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Angles of every token, (T, 1, K/2), fp32. Not a tuple: wrappers for sharding cast those to bf16."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 def rotary_table(positions_T: Tensor, *, head_size: int, theta: float) -> Rotary:
-    """Return cosine and sine of every token's angles, fp32, (T, 1, K/2) each.
+    """Return cosine and sine of every token's angles.
 
     Computed anew in each forward pass: a table kept in a buffer would be lost when a model built on the meta
     device gets its memory, and this costs next to nothing.
     """
     exponents = torch.arange(0, head_size, 2, device=positions_T.device, dtype=torch.float32) / head_size
     angles = positions_T.float()[:, None, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    return Rotary(cos=angles.cos(), sin=angles.sin())
 
 
 def rotate(x_THK: Tensor, rotary: Rotary) -> Tensor:
     """Turn every head by its token's angles, in fp32 at least; the dtype stays.
 
     Example:
-        >>> quarter = rotary_table(torch.tensor([1]), head_size=2, theta=1.0)[0] * 0, torch.ones(1, 1, 1)
-        >>> rotate(torch.tensor([[[3.0, 4.0]]]), quarter).flatten().tolist()
+        >>> quarter_turn = Rotary(cos=torch.zeros(1, 1, 1), sin=torch.ones(1, 1, 1))
+        >>> rotate(torch.tensor([[[3.0, 4.0]]]), quarter_turn).flatten().tolist()
         [-4.0, 3.0]
     """
+    if torch.compiler.is_compiling():  # plain operations, which the compiler fuses forward and backward
+        first, second = x_THK.chunk(2, dim=-1)
+        turned_first = first * rotary.cos - second * rotary.sin
+        turned_second = second * rotary.cos + first * rotary.sin
+        return torch.cat((turned_first, turned_second), dim=-1).to(x_THK.dtype)
     apply = cast("Callable[..., Tensor]", _Rotate.apply)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
-    return apply(x_THK, *rotary)
+    return apply(x_THK, rotary.cos, rotary.sin)
 
 
 class _Rotate(torch.autograd.Function):

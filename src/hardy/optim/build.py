@@ -35,6 +35,17 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
+def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return each group's settings, those that the optimizer's constructor takes."""
+    return [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
+
+
+def set_hyperparameters(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
+    """Give each group the settings that `hyperparameters` returned."""
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
 def _adamw(config: AdamWConfig, groups: Groups) -> Optimizer:
     fused = _devices(groups) <= {"cpu", "cuda"}
     return torch.optim.AdamW(

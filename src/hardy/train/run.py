@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardy.config import from_dict, override, to_dict
+from hardy.config import to_dict
 from hardy.data.corpus import Corpus, prepare
 from hardy.distributed.comm import Alone, Communicator, join_world, leave_world
 from hardy.distributed.sharded import bare
 from hardy.model.generate import generate
+from hardy.optim.build import hyperparameters, set_hyperparameters
 from hardy.train.checkpoint import CheckpointStore
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware, choose_hardware
@@ -59,22 +60,20 @@ def start(config: TrainConfig, run_dir: Path, around: Surroundings) -> Summary:
         return _run(config, folder, around)
 
 
-def resume(run_dir: Path, around: Surroundings, *, changes: Mapping[str, Any] | None = None) -> Summary:
+def resume(run_dir: Path, around: Surroundings, *, config: TrainConfig | None = None) -> Summary:
     """Go on with the run in `run_dir` from its newest good checkpoint, or from the start when it has none.
 
     Args:
         run_dir: the run folder.
         around: what the run needs from outside.
-        changes: settings to change from here on, such as `{"train": {"steps": 400}}`.
+        config: the configuration from here on, with more steps or another learning rate; None goes on as before.
 
     Raises:
         UserError: there is no run, all checkpoints are damaged, or the run is not the one that was saved.
         RunFailed: training cannot go on.
     """
     folder = RunFolder(run_dir)
-    config = folder.read_config()
-    if changes:
-        config = from_dict(TrainConfig, override(to_dict(config), changes))
+    config = config or folder.read_config()
     with ExitStack() as held:
         if around.world.rank == 0:
             held.enter_context(folder.locked())
@@ -235,7 +234,9 @@ def load_newest(store: CheckpointStore, assembly: Assembly, folder: RunFolder) -
     check_identity(plain["identity"], assembly.identity, run_dir=str(folder.path))
     worker = assembly.worker
     tensors, _ = split_state(worker.strategy.state_dict())
+    settings = hyperparameters(worker.optimizer)
     store.load(checkpoint, worker.model, worker.optimizer, extra=tensors)
+    set_hyperparameters(worker.optimizer, settings)  # the config at hand decides, not the one that was saved
     worker.strategy.load_state_dict(plain["strategy"] | tensors)
     progress.load_state_dict(plain["progress"])
     logger.info("resumed %s at step %d", folder.path, progress.step)

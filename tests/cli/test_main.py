@@ -1,0 +1,107 @@
+"""The command `hardy`: verbs, help, exit codes, and how fast it answers."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hardy.cli import doctor
+from hardy.cli.failure import CommandFailedError, Terminated
+from hardy.cli.main import VERBS, main
+from hardy.config import UserError
+
+HELP_S = 0.7
+
+
+def test_help_lists_every_verb(capsys):
+    for words in (["--help"], ["-h"], ["help"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert all(f"  {name} " in text and verb.about in text for name, verb in VERBS.items())
+
+
+def test_without_a_verb_the_help_is_shown_and_the_code_says_so(capsys):
+    assert main([]) == 2
+    assert "usage: hardy VERB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_has_help(name, capsys):
+    assert main([name, "--help"]) == 0
+    assert f"usage: hardy {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["trian"], "there is no verb 'trian'; did you mean 'train'"),
+        (["--verson"], "there is no option '--verson'; did you mean '--version'"),
+        (["version", "--jsn"], "there is no option '--jsn'; did you mean '--json'"),
+        (["train", "tiny", "--dry-rn"], "there is no option '--dry-rn'; did you mean '--dry-run'"),
+        (["train", "tiny", "--lr", "3"], "there is no option '--lr'; did you mean the setting '--optim.lr'"),
+        (["train"], "the following arguments are required: RECIPE|FILE.toml (see `hardy train --help`)"),
+        (["train", "tiny", "extra"], "'extra' is one word too many"),
+        (["version", "--a.b", "3"], "there is no option '--a.b'"),
+    ],
+)
+def test_wrong_words_end_with_2_one_line_and_no_traceback(words, text, capsys):
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"hardy: {text}") and said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("no such thing"), 2, "hardy: no such thing\n"),
+        (CommandFailedError("it diverged"), 1, "hardy: it diverged\n"),
+        (KeyboardInterrupt(), 130, "hardy: interrupted\n"),
+        (Terminated(), 143, "hardy: terminated\n"),
+    ],
+)
+def test_ends_that_are_understood_show_no_traceback(error, code, text, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "version_verb", lambda arguments: (_ for _ in ()).throw(error))
+    assert main(["version"]) == code
+    assert capsys.readouterr().err == text
+
+
+def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "version_verb", lambda arguments: 1 // 0)
+    assert main(["version"]) == 1
+    text = capsys.readouterr().err
+    assert "Traceback" in text and "ZeroDivisionError" in text and "please report it" in text
+
+
+def test_a_reader_that_goes_away_is_no_fault():
+    code = "import sys; from hardy.cli.main import main; sys.exit(main(['train', '--help']))"
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{code}" | head -1', shell=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("usage: hardy train")
+    assert "Traceback" not in done.stderr
+
+
+def test_python_m_hardy_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "hardy", "version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("hardy ")
+    assert subprocess.run([sys.executable, "-m", "hardy", "x"], capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in VERBS)], ids=" ".join)
+def test_help_comes_at_once_and_without_torch(words):
+    code = (
+        f"import sys; from hardy.cli.main import main; assert main({words!r}) == 0\n"
+        "assert not {'torch', 'numpy', 'rich', 'matplotlib'} & set(sys.modules)"
+    )
+    taken_s = []
+    for _ in range(2):  # once more on a machine that was busy
+        started_s = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        taken_s.append(time.perf_counter() - started_s)
+        assert done.returncode == 0, done.stderr
+        if taken_s[-1] < HELP_S:
+            return
+    raise AssertionError(f"help took {taken_s} s")

@@ -1,0 +1,208 @@
+"""The verbs `train` and `resume`."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hardy.cli import train as train_module
+from hardy.cli.main import main
+from hardy.train import run
+from hardy.train.loop import RunFailed
+
+
+def errors(capsys):
+    return capsys.readouterr().err
+
+
+def test_a_run_ends_with_a_summary_a_plot_and_the_command_noted(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "tiny", *small]) == 0
+    assert main(["train", "tiny", *small]) == 0
+    shown = capsys.readouterr().out
+    assert "run finished" in shown and "runs/tiny-2" in shown
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-1", "tiny-2"]
+    noted = json.loads((tmp_path / "runs/tiny-1/run.json").read_text())
+    assert noted["starts"][0]["command"][:3] == ["hardy", "train", "tiny"]
+    assert (tmp_path / "runs/tiny-1/loss.png").stat().st_size > 1000
+    first, second = ((tmp_path / f"runs/tiny-{n}/metrics.jsonl").read_text().splitlines() for n in (1, 2))
+    assert [json.loads(a)["loss"] for a in first] == [json.loads(b)["loss"] for b in second]
+
+
+def test_json_is_all_that_comes_out(small, tmp_path, capsys):
+    arguments = [*small, "--log.progress", "plain", "--json"]
+    assert main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *arguments]) == 0
+    said = capsys.readouterr()
+    summary = json.loads(said.out)
+    assert summary["steps"] == 4 and summary["stopped_by"] is None
+    assert summary["plot"] == str(tmp_path / "run/loss.png")
+    assert "step 4/4" in said.err
+
+
+def test_resume_goes_on_to_more_steps(small, tmp_path, capsys):
+    run_dir = str(tmp_path / "run")
+    assert main(["train", "tiny", "--run-dir", run_dir, *small]) == 0
+    capsys.readouterr()
+    assert main(["resume", run_dir, "--train.steps", "6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 6
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.mp
+def test_two_workers_learn_what_one_learns(small, tmp_path, finished_run):
+    run_dir = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "hardy",
+        "train",
+        "tiny",
+        "--run-dir",
+        str(run_dir),
+        "--workers",
+        "2",
+        *small,
+    ]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4
+    alone, together = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (finished_run, run_dir)
+    )
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+# Refusals before torch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (
+            ["--workers", "3"],
+            "train.batch_packs=4 must be a multiple of workers=3; set train.batch_packs to 3 or 6",
+        ),
+        (["--workers", "2", "--train.micro_packs", "4"], "or train.micro_packs to 2"),
+        (["--strategy.mesh.shards", "2"], "needs 2 workers, but 1 run"),
+        (["--train.steps", "1"], "optim.schedule.warmup_steps=1 must be below train.steps=1"),
+        (["--data.document_tokens", "65"], "data.document_tokens=65 must be at most data.pack_tokens=64"),
+        (["--data.source", "files:/nowhere/*.txt"], "/nowhere/*.txt"),
+        (["--data.source", "fils:x"], "there is no source 'fils'; did you mean 'files'"),
+    ],
+)
+def test_what_cannot_work_is_refused(small, tmp_path, capsys, arguments, text):
+    assert main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *small, *arguments]) == 2
+    assert text in errors(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refusal_imports_no_torch(tmp_path):
+    code = (
+        "import sys\nfrom hardy.cli.main import main\n"
+        "assert main(['train', 'tiny', '--data.source', 'files:/nowhere/*']) == 2\n"
+        "assert main(['train', 'tiny', '--workers', '3']) == 2\n"
+        "assert main(['train', 'tiny', '--dry-run']) == 0\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_with_a_run_is_refused(small, finished_run, capsys):
+    assert main(["train", "tiny", "--run-dir", str(finished_run), *small]) == 2
+    assert f"already holds a run; go on with `hardy resume {finished_run}`" in errors(capsys)
+
+
+def test_a_folder_with_anything_else_is_refused(small, tmp_path, capsys):
+    (tmp_path / "thesis.tex").touch()
+    assert main(["train", "tiny", "--run-dir", str(tmp_path), *small]) == 2
+    assert "is not empty and holds no run; choose another --run-dir" in errors(capsys)
+    assert main(["train", "tiny", "--run-dir", str(tmp_path / "thesis.tex"), *small]) == 2
+
+
+def test_resume_without_a_run_is_refused(tmp_path, capsys):
+    assert main(["resume", str(tmp_path)]) == 2
+    assert "there is no run in" in errors(capsys)
+
+
+def test_the_next_run_folder_counts_on_from_the_highest(tmp_path, monkeypatch, small, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny-2", "tiny-10", "tiny-x", "other-30"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    seen = []
+    monkeypatch.setattr(run, "start", lambda config, run_dir, around: seen.append(run_dir) or 1 / 0)
+    assert main(["train", "tiny", *small]) == 1
+    assert str(seen[0]) == "runs/tiny-11"
+
+
+def test_workers_of_a_launcher_need_a_run_folder_and_no_number(small, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "tiny", *small]) == 2
+    assert "must agree on the run folder; give --run-dir" in errors(capsys)
+    assert main(["train", "tiny", "--workers", "4", *small]) == 2
+    assert "a launcher started 2 workers; leave --workers out" in errors(capsys)
+
+
+def test_workers_are_started_with_the_same_words(small, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_module, "run_workers", lambda *given: seen.append(given) or 143)
+    run_dir = str(tmp_path / "run")
+    assert main(["train", "tiny", "--workers", "2", "--json", "--run-dir", run_dir, *small]) == 143
+    assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *small, "--json"])]
+
+
+# How a run may end
+
+
+def ending(monkeypatch, tmp_path, small, end):
+    monkeypatch.setattr(run, "start", lambda config, run_dir, around: end(around))
+    return main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *small])
+
+
+def fails(error):
+    def end(around):
+        raise error
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (RunFailed("the run diverged"), 1, "hardy: the run diverged\n"),
+        (KeyboardInterrupt(), 130, "hardy: interrupted\n"),
+    ],
+)
+def test_known_ends_have_their_code_and_no_traceback(monkeypatch, tmp_path, small, capsys, error, code, text):
+    assert ending(monkeypatch, tmp_path, small, fails(error)) == code
+    assert errors(capsys) == text
+
+
+def test_a_signal_before_training_ends_the_command(monkeypatch, tmp_path, small, capsys):
+    assert ending(monkeypatch, tmp_path, small, lambda around: signal.raise_signal(signal.SIGTERM)) == 143
+    assert errors(capsys) == "hardy: terminated\n"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_stopped_by_a_signal_is_saved_and_may_go_on(small, tmp_path, capsys, monkeypatch, number, code):
+    real = train_module.StopSignal.__call__
+
+    def stopped_in_the_second_step(self, asked=[]):  # noqa: B006  # the list counts the steps on purpose
+        asked.append(1)
+        if len(asked) == 2:
+            signal.raise_signal(number)
+        return real(self)
+
+    monkeypatch.setattr(train_module.StopSignal, "__call__", stopped_in_the_second_step)
+    run_dir = str(tmp_path / "run")
+    assert main(["train", "tiny", "--run-dir", run_dir, *small]) == code
+    assert f"go on with: hardy resume {run_dir}" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["resume", run_dir]) == 0
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4
