@@ -1,8 +1,8 @@
 """What the documentation shows works: links resolve, Python runs, TOML parses, commands are understood.
 
 ```python blocks run, all of one page in one namespace; ```toml blocks parse as a run; `hardy ...` lines of
-```sh blocks are checked without being run: `hardy train` by --dry-run, other verbs by their parser. A block whose
-fence says `not-run` after the language is left out.
+```sh blocks are checked without being run: `hardy train` by --dry-run, other verbs by their parser. A block
+whose fence says `not-run` after the language is left out.
 """
 
 import contextlib

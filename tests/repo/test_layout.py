@@ -1,6 +1,8 @@
 """Sizes of files and functions, a test file for each source file, no drawers."""
 
 import ast
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,18 +30,18 @@ def test_every_source_file_has_its_test_file():
     assert EXEMPT - missing == set(), "these have one now, or are gone: take them out of EXEMPT"
 
 
+def follows_a_source_file(path):
+    """Whether tests/ROOM/test_MODULE.py, or test_MODULE_ASPECT.py, has its src/hardy/ROOM/MODULE.py."""
+    words = path.stem.removeprefix("test_").split("_")
+    room = SRC / path.relative_to(TESTS).parent
+    return any((room / ("_".join(words[:count]) + ".py")).exists() for count in range(1, len(words) + 1))
+
+
 def test_every_test_file_of_a_room_follows_a_source_file():
-    rooms = {path.name for path in SRC.iterdir() if path.is_dir()}
-    tests = [path for room in rooms for path in (TESTS / room).glob("test_*.py")] + list(
-        TESTS.glob("test_*.py")
-    )
+    rooms = [TESTS, *(TESTS / path.name for path in SRC.iterdir() if path.is_dir())]
+    tests = [path for room in rooms for path in room.glob("test_*.py")]
     assert len(tests) > 10
-    strays = [
-        path.relative_to(TESTS).as_posix()
-        for path in tests
-        if not (SRC / path.relative_to(TESTS).parent / path.name.removeprefix("test_")).exists()
-    ]
-    assert strays == []
+    assert [str(path) for path in tests if not follows_a_source_file(path)] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -65,3 +67,17 @@ def test_every_module_says_what_it_is_for():
         name_of(path) for path in SRC.rglob("*.py") if not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert silent == []
+
+
+def test_the_citations_are_the_nine_papers():
+    cited = re.findall(r"eprint\s*=\s*\{([\d.]+)\}", (ROOT / "CITATION.bib").read_text())
+    assert sorted(cited) == [
+        f"2412.{n}" for n in ("04718", "05270", "07151", "07210", "07252", "07894", "07971", "08424", "08894")
+    ]
+
+
+def test_the_pinned_versions_cover_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert {re.match(r"[\w-]+", line)[0] for line in wanted} <= set(pinned)

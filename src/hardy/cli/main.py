@@ -32,6 +32,9 @@ VERBS: dict[str, Verb] = {
     "resume": Verb(module="train", about="go on with a run from its newest checkpoint", takes_settings=True),
     "generate": Verb(module="weights", about="let a trained model write"),
     "export": Verb(module="weights", about="write a run's model as a Hugging Face folder"),
+    "import": Verb(
+        module="imports", about="make a run folder of a Hugging Face Llama folder", takes_settings=True
+    ),
     "data": Verb(module="data", about="look at what a run would read", takes_settings=True),
     "doctor": Verb(module="doctor", about="say what this machine can do and what is missing"),
     "version": Verb(module="doctor", about="print the version"),

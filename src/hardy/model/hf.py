@@ -57,7 +57,7 @@ class HFCausalLM(nn.Module):
         self.model: Any = _load(Path(path))
         self.vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
         if recompute == "blocks":
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _recompute_layers(self.model, name=self.name)
         self.has_plain_head = False
         self._probe()
 
@@ -154,8 +154,12 @@ def attend(
     """
     layout: DocumentLayout | None = more.get("hardy_layout")
     kind = type(module).__name__
-    if layout is None or attention_mask is not None:
+    if layout is None:
         raise UserError(f"{kind} does not hand the borders of documents down; choose another model")
+    if attention_mask is not None:
+        raise UserError(
+            f"{kind} makes a mask of its own, which packed attention has not; choose another model"
+        )
     foreign = [term for term in FOREIGN_TERMS if more.get(term) is not None]
     if foreign:
         raise UserError(f"{kind} adds {', '.join(foreign)} to attention, which packed attention has not")
@@ -184,16 +188,24 @@ def attend(
 def _load(path: Path) -> nn.Module:
     """Load a folder's model with our attention."""
     transformers = _transformers()
+    progress = transformers.utils.logging
+    is_4 = transformers.__version__.startswith("4.")  # ends with the last supported transformers 4
+    dtype = {"torch_dtype" if is_4 else "dtype": torch.float32}
     if not (path / "config.json").is_file():
         raise UserError(
             f"model.name=hf:{path}: there is no {path / 'config.json'}; give a local model folder"
         )
+    shows_progress = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, local_files_only=True, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+            path, local_files_only=True, attn_implementation=ATTENTION_NAME, **dtype
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name=hf:{path}: transformers cannot load it: {error}") from error
+    finally:
+        if shows_progress:
+            progress.enable_progress_bar()
     used = getattr(model.config, "_attn_implementation", None)  # no public name for it
     if used != ATTENTION_NAME:
         raise UserError(
@@ -207,6 +219,15 @@ def _load(path: Path) -> nn.Module:
             f"attention_dropout (attn_pdrop in GPT-2) to 0 in its config.json"
         )
     return model
+
+
+def _recompute_layers(model: Any, *, name: str) -> None:
+    """Switch the model's own activation checkpointing on; transformers 5 renamed it."""
+    switch_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        switch_on({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"model.recompute='blocks': {error} (hf:{name}); set it to 'nothing'") from None
 
 
 @cache

@@ -135,7 +135,7 @@ def _attend_in_rectangles(
     inputs: tuple[Tensor, Tensor, Tensor], layout: DocumentLayout, *, rule: AttentionRule
 ) -> Tensor:
     """Attend with as many causal queries as keys: like lengths share a call, padded behind their ends."""
-    rectangles = plan_rectangles(layout.lengths, positions_T=layout.positions_T)
+    rectangles = plan_rectangles(layout.lengths, device=inputs[0].device)
     sizes = [documents * length for documents, length in rectangles.shapes]
     parts = [torch.split_with_sizes(to_rows(x, rectangles), sizes) for x in inputs]
     outputs = [

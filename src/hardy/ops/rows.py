@@ -34,11 +34,11 @@ class Rectangles:
         return sum(documents * length for documents, length in self.shapes)
 
 
-def plan_rectangles(lengths: Sequence[int], *, positions_T: Tensor) -> Rectangles:
-    """Return which documents share a rectangle; `positions_T` are the tokens' places in their documents.
+def plan_rectangles(lengths: Sequence[int], *, device: torch.device | str = "cpu") -> Rectangles:
+    """Return which documents of `lengths` tokens share a rectangle; the index is on `device`.
 
     Example:
-        >>> plan_rectangles([1, 40, 2], positions_T=torch.tensor([0, *range(40), 0, 1])).shapes
+        >>> plan_rectangles([1, 40, 2]).shapes
         ((2, 32), (1, 64))
     """
     members: dict[int, list[int]] = defaultdict(list)
@@ -46,15 +46,13 @@ def plan_rectangles(lengths: Sequence[int], *, positions_T: Tensor) -> Rectangle
         members[-(-length // ROUNDING_TOKENS) * ROUNDING_TOKENS].append(document)
     shapes = tuple((len(documents), length) for length, documents in members.items())
     firsts = accumulate((documents * length for documents, length in shapes), initial=0)
-    starts = [0] * len(lengths)
+    shifts = [-start for start in accumulate(lengths, initial=0)][:-1]
     for first, (length, documents) in zip(firsts, members.items(), strict=False):  # one `firsts` too many: R
         for index, document in enumerate(documents):
-            starts[document] = first + index * length
-    device = positions_T.device
-    starts_T = torch.repeat_interleave(
-        torch.tensor(starts, device=device), torch.tensor(lengths, device=device), output_size=sum(lengths)
-    )
-    return Rectangles(shapes=shapes, rows_T=starts_T + positions_T)
+            shifts[document] += first + index * length
+    shifts_T = torch.repeat_interleave(torch.tensor(shifts), torch.tensor(lengths))
+    rows_T = shifts_T + torch.arange(len(shifts_T))
+    return Rectangles(shapes=shapes, rows_T=rows_T.to(device, non_blocking=True))
 
 
 def to_rows(x: Tensor, rectangles: Rectangles) -> Tensor:
