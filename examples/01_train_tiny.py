@@ -16,7 +16,9 @@ def main(folder: Path, steps: int = 60) -> None:
     changes = {"train.steps": steps, "data.limit_mb": 2.0, "optim.schedule.warmup_steps": steps // 10}
     config = from_dict(TrainConfig, override(to_dict(recipe("tiny")), changes))
     summary = start(config, folder / "run", Surroundings(cache_dir=folder / "cache"))
-    print(f"loss {summary.first_loss:.3f} -> {summary.last_loss:.3f}, validation {summary.validation_loss:.3f}")
+    print(
+        f"loss {summary.first_loss:.3f} -> {summary.last_loss:.3f}, validation {summary.validation_loss:.3f}"
+    )
     print(f"a model without context would have {summary.unigram_entropy:.3f}")
     print(f"{summary.tokens_per_s:,.0f} tokens/s, {summary.peak_memory_mb:,.0f} MB, {summary.run_dir}")
     print(summary.sample)

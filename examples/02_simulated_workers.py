@@ -34,7 +34,9 @@ def main(folder: Path, steps: int = 4, num_workers: int = 8) -> None:
             losses.append(line["loss"])
             comm.spend(STEP_WORK_S)
 
-        run_loop(assembly.worker, assembly.plan, Progress(), save=lambda _: None, record=record, stop=lambda: False)
+        run_loop(
+            assembly.worker, assembly.plan, Progress(), save=lambda _: None, record=record, stop=lambda: False
+        )
         return losses
 
     for name, slow in (("equal workers", ()), ("one three times slower", (3.0,))):
@@ -43,7 +45,10 @@ def main(folder: Path, steps: int = 4, num_workers: int = 8) -> None:
         losses = world.run(train)
         report = world.report()
         idle = sum(worker.idle_s for worker in report) / sum(worker.virtual_s for worker in report)
-        print(f"{name}: loss {losses[0][0]:.3f} -> {losses[0][-1]:.3f}, {report[0].virtual_s:.1f} virtual s, ", end="")
+        print(
+            f"{name}: loss {losses[0][0]:.3f} -> {losses[0][-1]:.3f}, {report[0].virtual_s:.1f} virtual s, ",
+            end="",
+        )
         print(f"{idle:.0%} idle, {report[0].bytes_sent / 1e6:.1f} MB sent by each worker")
         assert all(other == losses[0] for other in losses)
 

@@ -13,9 +13,11 @@ from hardy.data.tokenizer import load_tokenizer
 from hardy.model.build import build_model
 from hardy.model.generate import generate
 from hardy.recipes.table import recipe
-from hardy.train.checkpoint import load_model_tensors, newest_good
+
 from hardy.train.config import TrainConfig
+from hardy.train.manifest import newest_good
 from hardy.train.run import Surroundings, start
+from hardy.train.storage import load_model_tensors
 
 
 def main(texts: str, folder: Path, steps: int = 60) -> None:
@@ -32,9 +34,12 @@ def main(texts: str, folder: Path, steps: int = 60) -> None:
 
     tokenizer = load_tokenizer(folder / "run" / "tokenizer")
     model = build_model(config.model, vocab_size=tokenizer.vocab_size, device="cpu")
-    model.load_state_dict(load_model_tensors(newest_good(folder / "run" / "checkpoints")))
+    checkpoint, _ = newest_good(folder / "run" / "checkpoints")
+    model.load_state_dict(load_model_tensors(checkpoint))
     (prompt,) = tokenizer.encode(["The house "])
-    added = generate(model, prompt, max_new_tokens=32, temperature=0.8, top_p=0.95, stop_ids=[tokenizer.end_id])
+    added = generate(
+        model, prompt, max_new_tokens=32, temperature=0.8, top_p=0.95, stop_ids=[tokenizer.end_id]
+    )
     print("The house " + tokenizer.decode(added))
 
 
