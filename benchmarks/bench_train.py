@@ -1,11 +1,12 @@
-"""Tokens per second of hardy's training loop against the shortest plain PyTorch loop (and Hugging Face's Trainer).
+"""Tokens per second of hardy's training loop against a plain PyTorch loop (and Hugging Face's Trainer).
 
     python benchmarks/bench_train.py --preset 1m 3m --rounds 9 --hf
 
-Same shape, same tokens, same batch, same threads, in one process; rounds of the contenders are interleaved and the
-ratio is the median of the rounds' ratios. hardy runs everything `hardy train` runs per step: reading packs, document
-borders, chunked loss, agreement, clipping, metrics file. The plain loop (`plain.py`) does less: rectangles without
-borders. The share outside forward, backward and optimizer is measured by timing those three from outside.
+Same shape, same tokens, same batch, same threads, in one process; rounds of the contenders are interleaved
+and the ratio is the median of the rounds' ratios. hardy runs everything `hardy train` runs per step: reading
+packs, document borders, chunked loss, agreement, clipping, metrics file. The plain loop (`plain.py`) does
+less: rectangles without borders. The share outside forward, backward and optimizer is measured by timing
+those three from outside.
 """
 
 import argparse
@@ -204,7 +205,12 @@ def measure(preset, options):
             overheads.append(1 - hardy.parts_s / whole_s)
         hardy.metrics.close()
     tokens = steps * config.train.batch_packs * config.data.pack_tokens
-    result = {"preset": preset, "tokens_per_step": tokens // steps, "rounds": rounds, "steps_per_round": steps}
+    result = {
+        "preset": preset,
+        "tokens_per_step": tokens // steps,
+        "rounds": rounds,
+        "steps_per_round": steps,
+    }
     for name, values in seconds.items():
         result[f"{name}_tokens_per_s"] = round(tokens / statistics.median(values))
         if name != "hardy":
@@ -218,8 +224,12 @@ def measure(preset, options):
 
 def circumstances():
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=False).stdout
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    dirty = subprocess.run(
+        [*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=False
+    ).stdout
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit + ("+changes" if dirty else ""),

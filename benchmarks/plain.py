@@ -1,12 +1,12 @@
 """The shortest plain PyTorch training of a Llama-like model: what hardy's speed is measured against.
 
-Padded-free rectangular batches (B sequences of T tokens), one dense causal attention per block, cross-entropy over all
-logits at once, torch's fused AdamW. No document borders, no metrics file, no checkpoint: it does less than hardy.
+Rectangular batches (B sequences of T tokens), one dense causal attention per block, cross-entropy over all
+logits at once, torch's fused AdamW. No document borders, no metrics file, no checkpoint: it does less.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 
 class Attention(nn.Module):
@@ -22,7 +22,7 @@ class Attention(nn.Module):
         q = self.q(x).view(b, t, self.h, self.k).transpose(1, 2)
         k, v = self.kv_proj(x).view(b, t, 2, self.kv, self.k).permute(2, 0, 3, 1, 4)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.h != self.kv)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.h != self.kv)
         return self.o(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -36,13 +36,15 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps) for _ in range(2))
         self.attention = Attention(shape)
-        self.gate, self.up = (nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False) for _ in range(2))
+        self.gate, self.up = (
+            nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False) for _ in range(2)
+        )
         self.down = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, x, cos, sin):
         x = x + self.attention(self.norm1(x), cos, sin)
         y = self.norm2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return x + self.down(functional.silu(self.gate(y)) * self.up(y))
 
 
 class PlainLlama(nn.Module):
@@ -67,7 +69,7 @@ class PlainLlama(nn.Module):
         t = tokens.shape[1]
         for block in self.blocks:
             x = block(x, self.cos[:t], self.sin[:t])
-        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
+        return functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
 
 
 def plain_step(model, optimizer, tokens, labels):

@@ -13,7 +13,6 @@ from hardy.data.tokenizer import load_tokenizer
 from hardy.model.build import build_model
 from hardy.model.generate import generate
 from hardy.recipes.table import recipe
-
 from hardy.train.config import TrainConfig
 from hardy.train.manifest import newest_good
 from hardy.train.run import Surroundings, start

@@ -482,4 +482,6 @@ def test_a_limit_may_stand_in_any_annotation():
         section: ClassVar[str] = "odd"
         number: Annotated[int, Range(least=1), Range(most=5)] = 2
 
-    assert refused(lambda: Odd(number=6)) == "odd.number must be a whole number at least 1 and at most 5, got 6"
+    assert (
+        refused(lambda: Odd(number=6)) == "odd.number must be a whole number at least 1 and at most 5, got 6"
+    )

@@ -29,8 +29,8 @@ def test_the_plan_in_words():
     assert plan_lines(plan_run(config, num_workers=2)) == [
         "model: 697,472 parameters",
         "workers: 2 as 1 replicas x 2 shards",
-        "step: 2,048 tokens; each worker runs 2 micro-batches of 2 packs",
-        "run: 60 steps, 122,880 tokens",
+        "step: 1,024 tokens; each worker runs 1 micro-batch of 2 packs",
+        "run: 120 steps, 122,880 tokens",
     ]
 
 

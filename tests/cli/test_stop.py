@@ -42,3 +42,10 @@ def test_handlers_are_given_back():
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before[1]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_worker_whose_launcher_is_gone_stops_as_if_terminated():
+    with StopSignal(launcher=os.getppid()) as stop:
+        assert stop() is None
+    with StopSignal(launcher=1 if os.getppid() != 1 else 2) as stop:
+        assert stop() == signal.SIGTERM

@@ -10,7 +10,7 @@ import pytest
 from hardy.cli import train as train_module
 from hardy.cli.main import main
 from hardy.train import run
-from hardy.train.loop import RunFailed
+from hardy.train.loop import RunFailedError
 
 
 def errors(capsys):
@@ -175,7 +175,7 @@ def fails(error):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (RunFailed("the run diverged"), 1, "hardy: the run diverged\n"),
+        (RunFailedError("the run diverged"), 1, "hardy: the run diverged\n"),
         (KeyboardInterrupt(), 130, "hardy: interrupted\n"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Twenty losses of a toy run, in float64 from fixed weights: a change that should change no number changes none."""
+"""Twenty losses of a toy run in float64: a change that should change no number changes none."""
 
 from hardy.config import from_dict, override, to_dict
 from hardy.data.corpus import prepare
@@ -16,7 +16,13 @@ def test_twenty_losses_of_a_toy_run(golden, tmp_path):
         "data.source": "synthetic:lognormal,documents=120,mean=40",
         "data.pack_tokens": 32,
         "optim.lr": 0.01,
-        "train": {"steps": 20, "batch_packs": 4, "micro_packs": 2, "device": "cpu", "evaluate_every_steps": 10},
+        "train": {
+            "steps": 20,
+            "batch_packs": 4,
+            "micro_packs": 2,
+            "device": "cpu",
+            "evaluate_every_steps": 10,
+        },
     }
     config = from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
     corpus = prepare(config.data, cache_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""A whole training run gives the same losses alone and in the simulated world, and its virtual time is the model's."""
+"""A training run gives the same losses alone and simulated, and its virtual time follows the formula."""
 
 import pytest
 import torch

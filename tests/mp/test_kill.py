@@ -27,7 +27,13 @@ def config(tmp_path):
     changes = {
         "model": {"name": "1m", "shape": shape},
         "data": {"source": f"files:{text}", "pack_tokens": 64},
-        "train": {"steps": 150, "batch_packs": 4, "evaluate_every_steps": 40, "evaluate_packs": 2, "device": "cpu"},
+        "train": {
+            "steps": 150,
+            "batch_packs": 4,
+            "evaluate_every_steps": 40,
+            "evaluate_packs": 2,
+            "device": "cpu",
+        },
         "checkpoint": {"every_steps": 2},
     }
     return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))

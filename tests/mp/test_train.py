@@ -25,7 +25,13 @@ def config(tmp_path):
         "model": {"name": "1m", "shape": shape | {"head_size": 12}},
         "data": {"source": f"files:{tmp_path / 'text'}", "pack_tokens": 24, "validation_fraction": 0.2},
         "optim": {"lr": 0.01, "schedule": {"warmup_steps": 3}},
-        "train": {"steps": STEPS, "batch_packs": 8, "micro_packs": 1, "evaluate_every_steps": 10, "device": "cpu"},
+        "train": {
+            "steps": STEPS,
+            "batch_packs": 8,
+            "micro_packs": 1,
+            "evaluate_every_steps": 10,
+            "device": "cpu",
+        },
         "checkpoint": {"every_steps": 10},
     }
     return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
@@ -80,7 +86,9 @@ def test_a_run_moves_between_world_sizes(run_workers, config, tmp_path):
             return 15 if self.left <= 0 else None
 
     def around(world=None, stop=None):
-        return Surroundings(cache_dir=tmp_path / "cache", world=world or World(), stop_signal=stop or (lambda: None))
+        return Surroundings(
+            cache_dir=tmp_path / "cache", world=world or World(), stop_signal=stop or (lambda: None)
+        )
 
     run_dir = tmp_path / "moving"
     start(config, run_dir, around(stop=Stop(5)))

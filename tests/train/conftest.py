@@ -30,7 +30,13 @@ def make_config(text_folder):
     changes = {
         "model": {
             "name": "1m",
-            "shape": {"hidden_size": 16, "intermediate_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1},
+            "shape": {
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+            },
         },
         "data": {"source": f"files:{text_folder}", "pack_tokens": 32, "validation_fraction": 0.2},
         "optim": {"lr": 0.01, "schedule": {"warmup_steps": 2}},
@@ -47,7 +53,9 @@ def make_config(text_folder):
 
     def make(**dotted):
         base = override(to_dict(TrainConfig()), changes)
-        return from_dict(TrainConfig, override(base, {key.replace("__", "."): v for key, v in dotted.items()}))
+        return from_dict(
+            TrainConfig, override(base, {key.replace("__", "."): v for key, v in dotted.items()})
+        )
 
     return make
 

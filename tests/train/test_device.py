@@ -16,7 +16,9 @@ def no():
 
 
 def test_cuda_without_a_gpu_is_refused():
-    with pytest.raises(ConfigError, match="train.device is 'cuda', but torch finds no CUDA device.*'cpu' or 'auto'"):
+    with pytest.raises(
+        ConfigError, match="train.device is 'cuda', but torch finds no CUDA device.*'cpu' or 'auto', or run"
+    ):
         choose_hardware("cuda", "auto", has_cuda=no)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from hardy.distributed.comm import Alone
 from hardy.train.device import choose_hardware
-from hardy.train.loop import Progress, RunFailed, run_loop
+from hardy.train.loop import Progress, RunFailedError, run_loop
 from hardy.train.setup import assemble
 
 HARDWARE = choose_hardware("cpu", "fp32")
@@ -69,7 +69,9 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(build):
     parameter = next(assembly.worker.model.parameters())
     parameter.data[:] = math.nan
     log = Log()
-    with pytest.raises(RunFailed, match=r"not finite in 3 steps in a row.*train.max_nonfinite_steps=2.*optim.lr"):
+    with pytest.raises(
+        RunFailedError, match=r"not finite in 3 steps in a row.*train.max_nonfinite_steps=2.*optim.lr"
+    ):
         log.run(assembly)
     assert [r["skipped"] for r in log.records] == [1, 2, 3]
     assert log.saved == [2]
@@ -78,7 +80,9 @@ def test_too_many_non_finite_steps_in_a_row_stop_the_run(build):
 def test_a_run_that_diverges_is_stopped_with_the_numbers(build):
     assembly = build(train__steps=200, train__max_loss_rise=0.5, optim__lr=30.0, optim__clip_norm=None)
     log = Log()
-    with pytest.raises(RunFailed, match=r"the run diverged: at step \d+ .*train.max_loss_rise=0.5.*lower optim.lr"):
+    with pytest.raises(
+        RunFailedError, match=r"the run diverged: at step \d+ .*train.max_loss_rise=0.5.*lower optim.lr"
+    ):
         log.run(assembly)
     assert len(log.records) < 200
 

@@ -39,7 +39,9 @@ def around(cache_dir):
 def whole(make_config, cache_dir, tmp_path_factory):
     """The uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    return run_dir, start(make_config(), run_dir, Surroundings(cache_dir=cache_dir, command=["hardy", "train"]))
+    return run_dir, start(
+        make_config(), run_dir, Surroundings(cache_dir=cache_dir, command=["hardy", "train"])
+    )
 
 
 def test_a_run_leaves_everything_it_promises(whole):
@@ -63,7 +65,10 @@ def test_a_stopped_run_goes_on_with_the_same_losses(whole, make_config, around, 
     assert summary.steps == 4  # the wish is voted on in the step after the one that was recorded
     assert resume(tmp_path / "run", around()).steps == 6
     assert losses(tmp_path / "run") == losses(whole[0])
-    assert [s["from_step"] for s in json.loads((tmp_path / "run" / "run.json").read_text())["starts"]] == [0, 4]
+    assert [s["from_step"] for s in json.loads((tmp_path / "run" / "run.json").read_text())["starts"]] == [
+        0,
+        4,
+    ]
 
 
 def test_a_run_without_checkpoint_starts_over(whole, make_config, around, tmp_path):
@@ -78,7 +83,9 @@ def test_a_run_without_checkpoint_starts_over(whole, make_config, around, tmp_pa
     assert losses(tmp_path / "run") == losses(whole[0])
 
 
-def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, make_config, around, tmp_path, caplog):
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
+    whole, make_config, around, tmp_path, caplog
+):
     stopper = StopAt(4)
     start(make_config(), tmp_path / "run", around(stopper, stop_signal=lambda: stopper.number))
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]

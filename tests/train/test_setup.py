@@ -23,12 +23,16 @@ def test_every_worker_starts_with_the_weights_of_one(make_config, corpus):
     alone = weights(Alone())
     assert all(torch.equal(alone, other) for other in SimWorld(2).run(weights))
     other_seed = assemble(make_config(train__seed=1), Alone(), corpus=corpus, hardware=HARDWARE)
-    assert not torch.equal(alone, torch.cat([p.detach().flatten() for p in other_seed.worker.model.parameters()]))
+    assert not torch.equal(
+        alone, torch.cat([p.detach().flatten() for p in other_seed.worker.model.parameters()])
+    )
 
 
 def test_a_corpus_shorter_than_a_batch_is_refused(make_config, corpus):
     config = make_config(train__batch_packs=4096)
-    with pytest.raises(UserError, match=r"data.source gives \d+ tokens.*train.batch_packs x data.pack_tokens"):
+    with pytest.raises(
+        UserError, match=r"data.source gives \d+ tokens.*train.batch_packs x data.pack_tokens"
+    ):
         assemble(config, Alone(), corpus=corpus, hardware=HARDWARE)
 
 
@@ -59,7 +63,9 @@ def test_a_batch_that_workers_cannot_share_is_refused(make_config, corpus):
 def test_resuming_another_run_is_refused(make_config, corpus, cache_dir, change, text):
     before = assemble(make_config(), Alone(), corpus=corpus, hardware=HARDWARE).identity
     config = from_dict(type(make_config()), override(to_dict(make_config()), change))
-    now = assemble(config, Alone(), corpus=prepare(config.data, cache_dir=cache_dir), hardware=HARDWARE).identity
+    now = assemble(
+        config, Alone(), corpus=prepare(config.data, cache_dir=cache_dir), hardware=HARDWARE
+    ).identity
     with pytest.raises(UserError, match=r"cannot resume some/run: " + text):
         check_identity(before, now, run_dir="some/run")
     check_identity(before, before, run_dir="some/run")

@@ -18,7 +18,9 @@ class Toy(nn.Module):
     def __init__(self, vocab_size=7):
         super().__init__()
         self.table = nn.Parameter(
-            torch.randn(vocab_size, vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            torch.randn(
+                vocab_size, vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+            )
         )
 
     def forward(self, tokens_T, layout, labels_T):

@@ -6,6 +6,9 @@ from pathlib import Path
 from hardy.config import UserError
 from hardy.train.plan import World
 
+MEETING = "HARDY_MEETING"
+"""Set by `hardy train --workers N`: the address of the file by which its workers meet."""
+
 
 def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
     """Return the cache folder: the option, else HARDY_CACHE, else XDG_CACHE_HOME/hardy, else ~/.cache/hardy.
@@ -23,7 +26,7 @@ def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
 def world(environment: Mapping[str, str]) -> World:
     """Return which worker this process is; alone unless a launcher set RANK and WORLD_SIZE.
 
-    `hardy train --workers N` sets HARDY_MEETING, the address of a file; torchrun sets MASTER_ADDR and
+    `hardy train --workers N` sets `MEETING`; torchrun sets MASTER_ADDR and
     MASTER_PORT.
 
     Raises:
@@ -42,7 +45,7 @@ def world(environment: Mapping[str, str]) -> World:
         numbers[name] = int(text)
     if not numbers["RANK"] < numbers["WORLD_SIZE"]:
         raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
-    address = environment.get("HARDY_MEETING")
+    address = environment.get(MEETING)
     if address is None and numbers["WORLD_SIZE"] > 1:
         if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
             raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT, where the workers meet")

@@ -78,7 +78,7 @@ class LiveDisplay(Hook):
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._phase = ""
-        self._facts: RunFacts | None = None
+        self._validation = ""
 
     def on_phase(self, name: str, fraction: float) -> None:
         """Show the phase's own bar."""
@@ -90,7 +90,6 @@ class LiveDisplay(Hook):
 
     def on_start(self, facts: RunFacts) -> None:
         """Turn to the bar of the training itself."""
-        self._facts = facts
         self._stop()
         self.console.print(describe(facts))
         self._begin("training", total=facts.total_steps, text="")
@@ -101,7 +100,7 @@ class LiveDisplay(Hook):
         if "validation_loss" in record:
             self._validation = f"  val {record['validation_loss']:.3f}"
         text = (
-            f"loss {record['loss']:.3f}{getattr(self, '_validation', '')}  {self.speed.tokens_per_s:,.0f} tok/s  "
+            f"loss {record['loss']:.3f}{self._validation}  {self.speed.tokens_per_s:,.0f} tok/s  "
             f"{short(record['tokens'])} tokens  {record['peak_memory_mb']:,.0f} MB"
         )
         if self._bar and self._task is not None:
@@ -158,8 +157,8 @@ def describe(facts: RunFacts) -> str:
     resumed = f", going on after step {facts.first_step}" if facts.first_step else ""
     workers = "1 worker" if facts.num_workers == 1 else f"{facts.num_workers} workers"
     return (
-        f"{short(facts.num_parameters)} parameters on {workers} ({facts.device}), {facts.total_steps} steps of "
-        f"{facts.tokens_per_step:,} tokens{resumed}; run folder {facts.run_dir}"
+        f"{short(facts.num_parameters)} parameters on {workers} ({facts.device}), {facts.total_steps} steps "
+        f"of {facts.tokens_per_step:,} tokens{resumed}; run folder {facts.run_dir}"
     )
 
 

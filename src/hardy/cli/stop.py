@@ -1,5 +1,6 @@
 """Signals during training: the first asks the loop to save and stop, the second ends the process at once."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,14 +15,18 @@ class StopSignal:
     process at once; so does the second one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, launcher: int | None = None) -> None:
+        """Take the process that started this worker; when it is gone, nobody waits for this one."""
         self.number: int | None = None
+        self._launcher = launcher
         self._is_training = False
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> int | None:
         """Return the signal that came, if any; training asks this once a step."""
         self._is_training = True
+        if self.number is None and self._launcher not in (None, os.getppid()):
+            self.number = signal.SIGTERM
         return self.number
 
     def __enter__(self) -> "StopSignal":

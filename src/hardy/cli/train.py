@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hardy.cli import failure
 from hardy.cli.dry_run import show_plan
-from hardy.cli.environment import cache_dir, world
+from hardy.cli.environment import MEETING, cache_dir, world
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
 from hardy.cli.settings import change, read_run_config, resolve, settings_text
@@ -103,13 +103,13 @@ def _run(
 ) -> int:
     """Train in this process, show how it ended and return the exit code."""
     from hardy.distributed.comm import WorkerLostError
-    from hardy.train.loop import RunFailed
+    from hardy.train.loop import RunFailedError
 
     hooks = _displays(config, run_dir, arguments) if me.rank == 0 else []
-    with StopSignal() as stop:
+    with StopSignal(launcher=os.getppid() if MEETING in os.environ else None) as stop:
         try:
             summary = begin(_surroundings(config, me, arguments, hooks, stop))
-        except (RunFailed, WorkerLostError) as error:
+        except (RunFailedError, WorkerLostError) as error:
             raise failure.CommandFailedError(str(error)) from error
         finally:
             for hook in hooks:

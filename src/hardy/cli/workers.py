@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from hardy.cli.environment import MEETING
 from hardy.cli.failure import FAILURE, SUCCESS, USER_ERROR
 
 GRACE_S = 20.0
@@ -58,7 +59,7 @@ def worker_environment(
             "RANK": str(rank),
             "WORLD_SIZE": str(num_workers),
             "LOCAL_RANK": str(rank),
-            "HARDY_MEETING": meeting.as_uri(),
+            MEETING: meeting.as_uri(),
         }
     )
 

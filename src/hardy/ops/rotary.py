@@ -7,19 +7,22 @@ Shape suffixes: T packed tokens, H heads, K head size.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """Angles of every token, (T, 1, K/2), fp32. Not a tuple: wrappers for sharding cast those to bf16."""
+    """Cosine and sine of every token's angles, (T, 1, K/2) each, fp32.
 
-    cos: Tensor
-    sin: Tensor
+    Neither tuple nor dataclass, on purpose: FSDP2 with mixed precision casts the tensors in those to bf16,
+    in which neighbouring angles run together.
+    """
+
+    def __init__(self, *, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 def rotary_table(positions_T: Tensor, *, head_size: int, theta: float) -> Rotary:

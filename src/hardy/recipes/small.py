@@ -13,9 +13,9 @@ def tiny() -> TrainConfig:
         data=DataConfig(
             source="pydocs", tokenizer="bytes", pack_tokens=256, limit_mb=4.0, validation_fraction=0.05
         ),
-        optim=AdamWConfig(lr=3e-3, schedule=ScheduleConfig(warmup_steps=10)),
-        train=LoopConfig(steps=60, batch_packs=8, evaluate_every_steps=30, evaluate_packs=16),
-        checkpoint=CheckpointConfig(every_steps=30),
+        optim=AdamWConfig(lr=6e-3, schedule=ScheduleConfig(warmup_steps=10)),
+        train=LoopConfig(steps=120, batch_packs=4, evaluate_every_steps=40, evaluate_packs=16),
+        checkpoint=CheckpointConfig(every_steps=60),
         log=LogConfig(every_steps=5),
     )
 
@@ -25,8 +25,8 @@ def demo() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(name="3m"),
         data=DataConfig(source="pydocs", tokenizer="bpe:4096", pack_tokens=512, limit_mb=16.0),
-        optim=AdamWConfig(lr=3e-3, schedule=ScheduleConfig(warmup_steps=20)),
-        train=LoopConfig(steps=200, batch_packs=8, evaluate_every_steps=50, evaluate_packs=16),
+        optim=AdamWConfig(lr=4e-3, schedule=ScheduleConfig(warmup_steps=20)),
+        train=LoopConfig(steps=300, batch_packs=4, evaluate_every_steps=100, evaluate_packs=16),
         checkpoint=CheckpointConfig(every_steps=100),
         log=LogConfig(every_steps=10),
     )

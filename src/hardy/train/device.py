@@ -53,19 +53,19 @@ def choose_hardware(
     """
     if device == "cuda" and not has_cuda():
         raise ConfigError(
-            "train.device is 'cuda', but torch finds no CUDA device here; set train.device to 'cpu' or 'auto', or "
-            "run `hardy doctor`"
+            "train.device is 'cuda', but torch finds no CUDA device here; set train.device to 'cpu' or "
+            "'auto', or run `hardy doctor`"
         )
     on_cuda = device != "cpu" and has_cuda()
     if precision == "bf16" and not on_cuda:
         raise ConfigError(
-            "train.precision is 'bf16', but on a CPU hardy trains in fp32 (most CPUs have no fast bf16 matrix "
+            "train.precision is 'bf16', but on a CPU hardy trains in fp32 (few CPUs have a fast bf16 matrix "
             "product); set train.precision to 'fp32' or 'auto'"
         )
     if precision == "bf16" and not has_bf16():
         raise ConfigError(
-            "train.precision is 'bf16', but this GPU has no bf16 arithmetic (compute capability 8.0 or later has); "
-            "set train.precision to 'fp32' or 'auto'"
+            "train.precision is 'bf16', but this GPU has no bf16 arithmetic (compute capability 8.0 or later "
+            "has); set train.precision to 'fp32' or 'auto'"
         )
     bf16 = on_cuda and precision != "fp32" and has_bf16()
     return Hardware(device=torch.device("cuda", local_rank) if on_cuda else torch.device("cpu"), bf16=bf16)

@@ -9,8 +9,8 @@ from hardy.train.step import Worker
 def evaluate(worker: Worker, stream: PackStream, *, num_packs: int, micro_packs: int) -> float:
     """Return the mean negative log-likelihood per target of packs 0 ... num_packs-1, in nats.
 
-    Every worker runs the same number of forward passes, since sharded models meet in each; a worker that has run
-    out of packs repeats its first without counting it.
+    Every worker runs the same number of forward passes, since sharded models meet in each; a worker that has
+    run out of packs takes another's without counting it.
     """
     comm = worker.comm
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)

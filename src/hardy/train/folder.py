@@ -17,14 +17,12 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hardy.config import UserError, from_dict, to_dict
 from hardy.train.config import TrainConfig
+from hardy.train.manifest import versions
 
 
 class RunFolder:
@@ -65,16 +63,20 @@ class RunFolder:
             UserError: it holds a run already, or files that are none of ours.
         """
         if self.config_file.exists():
-            differences = list(differing(to_dict(self.read_config()), json.loads(json.dumps(to_dict(config)))))
+            differences = list(
+                differing(to_dict(self.read_config()), json.loads(json.dumps(to_dict(config))))
+            )
             if not differences:
                 raise UserError(
-                    f"run folder {self.path} already holds this run; go on with `hardy resume {self.path}` or "
-                    f"choose another --run-dir"
+                    f"run folder {self.path} already holds this run; go on with `hardy resume {self.path}` "
+                    f"or choose another --run-dir"
                 )
-            shown = "; ".join(differences[:3]) + (f" and {len(differences) - 3} more" if differences[3:] else "")
+            shown = "; ".join(differences[:3]) + (
+                f" and {len(differences) - 3} more" if differences[3:] else ""
+            )
             raise UserError(
-                f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go on "
-                f"with that run by `hardy resume {self.path}`"
+                f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go "
+                f"on with that run by `hardy resume {self.path}`"
             )
         ours = {self.lock_file.name, self.run_file.name, "code.diff"}  # what a start that was cut off leaves
         if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:
@@ -83,9 +85,9 @@ class RunFolder:
         diff = code_diff()
         if diff:
             (self.path / "code.diff").write_text(diff, encoding="utf-8")
-        write_json(self.run_file, {"starts": []})
+        replace_json(self.run_file, {"starts": []})
         self.note_start(config, command=command, from_step=0)
-        write_json(self.config_file, to_dict(config))  # last: a folder with a config is a run
+        replace_json(self.config_file, to_dict(config))  # last: a folder with a config is a run
 
     def note_start(self, config: TrainConfig, *, command: Sequence[str], from_step: int) -> None:
         """Add one start or resume to run.json: when, how, with which versions."""
@@ -97,11 +99,11 @@ class RunFolder:
                 "from_step": from_step,
                 "seed": config.train.seed,
                 "commit": code_commit(),
-                "versions": versions(),
+                "versions": {"python": platform.python_version()} | versions(),
                 "platform": platform.platform(),
             }
         )
-        write_json(self.run_file, facts)
+        replace_json(self.run_file, facts)
 
     def read_config(self) -> TrainConfig:
         """Return the run's configuration.
@@ -112,7 +114,9 @@ class RunFolder:
         try:
             return from_dict(TrainConfig, json.loads(self.config_file.read_text(encoding="utf-8")))
         except FileNotFoundError:
-            raise UserError(f"there is no run in {self.path} (no config.json); start one with `hardy train`") from None
+            raise UserError(
+                f"there is no run in {self.path} (no config.json); start one with `hardy train`"
+            ) from None
         except json.JSONDecodeError as error:
             raise UserError(f"{self.config_file} is not valid JSON: {error}") from None
 
@@ -132,7 +136,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def write_json(path: Path, value: Any) -> None:
+def replace_json(path: Path, value: Any) -> None:
     """Write JSON beside and rename, so that a reader never sees half a file."""
     beside = path.with_name(path.name + ".tmp")
     try:
@@ -142,19 +146,8 @@ def write_json(path: Path, value: Any) -> None:
         raise UserError(f"{path} could not be written: {error.strerror}") from error
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("hardy", "numpy", "tokenizers", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def code_commit() -> str | None:
-    """Return the commit of hardy's source with "+changes" when the tree is not clean; None when not a checkout."""
+    """Return the commit of hardy's source, with "+changes" if there are any; None when not a checkout."""
     here = Path(__file__)
     if _git("ls-files", "--error-unmatch", here.name) is None:
         return None
@@ -163,7 +156,7 @@ def code_commit() -> str | None:
 
 
 def code_diff() -> str:
-    """Return what the working tree of hardy's source changes against its commit; empty when not a checkout."""
+    """Return what hardy's source changes against its commit; empty when not a checkout."""
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return ""
     return _git("diff", "HEAD") or ""
@@ -173,7 +166,12 @@ def _git(*arguments: str) -> str | None:
     """Return git's answer in the folder of this file, or None when git is missing or says no."""
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+            ["git", *arguments],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,4 +1,4 @@
-"""What may listen to a run: progress displays, trackers, plots. A hook only reads; it never changes the run."""
+"""What may listen to a run: progress displays, trackers. A hook only reads; it never changes the run."""
 
 from dataclasses import dataclass, field
 from typing import Any

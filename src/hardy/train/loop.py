@@ -18,7 +18,7 @@ from hardy.train.metrics import SmoothedLoss
 from hardy.train.step import StepResult, Worker, train_step
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """The run cannot go on; the text says what happened and what can be done. Nothing saved is lost."""
 
 
@@ -118,7 +118,7 @@ def run_loop(
         True when the last step was reached, False when a worker asked to stop.
 
     Raises:
-        RunFailed: too many non-finite steps in a row, or the loss diverged.
+        RunFailedError: too many non-finite steps in a row, or the loss diverged.
     """
     clock = worker.comm.clock
     while progress.step < plan.loop.steps:
@@ -144,7 +144,10 @@ def run_loop(
             progress.validation_loss = evaluate(
                 worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
             )
-            line |= {"validation_loss": progress.validation_loss, "validation_time_s": clock.now() - stepped_s}
+            line |= {
+                "validation_loss": progress.validation_loss,
+                "validation_time_s": clock.now() - stepped_s,
+            }
         record(line)
         _check_health(progress, plan.loop)
         if result.stop_votes and not is_last:
@@ -173,16 +176,15 @@ def _advance(progress: Progress, result: StepResult, *, num_tokens: int) -> None
 def _check_health(progress: Progress, loop: LoopConfig) -> None:
     """Stop a run that only wastes time."""
     if progress.skipped_in_a_row > loop.max_nonfinite_steps:
-        raise RunFailed(
-            f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to step "
-            f"{progress.step} (train.max_nonfinite_steps={loop.max_nonfinite_steps}); lower optim.lr, raise "
-            f"optim.schedule.warmup_steps, or look at the data"
+        raise RunFailedError(
+            f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to "
+            f"step {progress.step} (train.max_nonfinite_steps={loop.max_nonfinite_steps}); lower optim.lr, "
+            f"raise optim.schedule.warmup_steps, or look at the data"
         )
     rise = progress.smoothed.value - progress.smoothed.best
     if loop.max_loss_rise is not None and rise > loop.max_loss_rise:
-        raise RunFailed(
+        raise RunFailedError(
             f"the run diverged: at step {progress.step} the smoothed loss is {progress.smoothed.value:.3f}, "
-            f"{rise:.3f} above its best (train.max_loss_rise={loop.max_loss_rise:g}); lower optim.lr or resume "
-            f"with --train.max_loss_rise none"
+            f"{rise:.3f} above its best (train.max_loss_rise={loop.max_loss_rise:g}); lower optim.lr or "
+            f"resume with --train.max_loss_rise none"
         )
-

@@ -66,12 +66,14 @@ def step_folder(step: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a manifest notes."""
-    try:
-        ours = metadata.version("hardy")
-    except metadata.PackageNotFoundError:
-        ours = "not installed"
-    return {"hardy": ours, "torch": str(torch.__version__)}
+    """Return the versions of hardy and of the packages that decide a run's numbers."""
+    found: dict[str, str] = {}
+    for name in ("hardy", "numpy", "safetensors", "tokenizers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"torch": str(torch.__version__)}
 
 
 def write_manifest(checkpoint: Checkpoint) -> None:

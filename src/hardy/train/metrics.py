@@ -15,7 +15,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, after_step: int) -> None:
         self.path = path
-        kept = [record for record in read_metrics(path) if record["step"] <= after_step] if path.exists() else []
+        kept = (
+            [record for record in read_metrics(path) if record["step"] <= after_step] if path.exists() else []
+        )
         text = "".join(_line(record) for record in kept)
         beside = path.with_suffix(".tmp")
         beside.write_text(text, encoding="utf-8")

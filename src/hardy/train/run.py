@@ -20,7 +20,7 @@ from hardy.optim.build import hyperparameters, set_hyperparameters
 from hardy.train.checkpoint import CheckpointStore
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware, choose_hardware
-from hardy.train.folder import RunFolder, write_json
+from hardy.train.folder import RunFolder, replace_json
 from hardy.train.hooks import Hook, RunFacts, Summary
 from hardy.train.loop import Progress, run_loop
 from hardy.train.metrics import MetricsFile
@@ -50,7 +50,7 @@ def start(config: TrainConfig, run_dir: Path, around: Surroundings) -> Summary:
 
     Raises:
         UserError: something in the config, the data or the folder cannot work.
-        RunFailed: training cannot go on.
+        RunFailedError: training cannot go on.
     """
     folder = RunFolder(run_dir)
     with ExitStack() as held:
@@ -66,11 +66,11 @@ def resume(run_dir: Path, around: Surroundings, *, config: TrainConfig | None = 
     Args:
         run_dir: the run folder.
         around: what the run needs from outside.
-        config: the configuration from here on, with more steps or another learning rate; None goes on as before.
+        config: the configuration from here on, such as one with more steps; None goes on as before.
 
     Raises:
         UserError: there is no run, all checkpoints are damaged, or the run is not the one that was saved.
-        RunFailed: training cannot go on.
+        RunFailedError: training cannot go on.
     """
     folder = RunFolder(run_dir)
     config = config or folder.read_config()
@@ -127,7 +127,7 @@ def _train(
         corpus.tokenizer.save(folder.tokenizer)
         if is_resumed:
             folder.note_start(config, command=around.command, from_step=progress.step)
-            write_json(folder.config_file, to_dict(config))
+            replace_json(folder.config_file, to_dict(config))
     facts = RunFacts(
         run_dir=str(folder.path),
         num_parameters=assembly.num_parameters,
@@ -157,10 +157,10 @@ def _train(
         peak_memory_mb=hardware.peak_memory_mb(),
         skipped_steps=progress.skipped,
         sample=sample(assembly, corpus),
-        stopped_by=stopped_by and signal.Signals(stopped_by).name,
+        stopped_by=signal.Signals(stopped_by).name if stopped_by else None,
     )
     if comm.rank == 0:
-        write_json(folder.summary_file, asdict(summary))
+        replace_json(folder.summary_file, asdict(summary))
     for hook in hooks:
         hook.on_end(summary)
     return summary
@@ -252,8 +252,8 @@ def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, 
 def sample(assembly: Assembly, corpus: Corpus) -> str:
     """Return the beginning of a held-out document and what the model adds, or nothing without documents.
 
-    Every worker takes part, since a sharded model is gathered in each forward pass; the number of tokens is fixed
-    and the draw is seeded, so all stay in step.
+    Every worker takes part, since a sharded model is gathered in each forward pass; the number of tokens is
+    fixed and the draw is seeded, so all stay in step.
     """
     store = corpus.validation if corpus.validation.num_documents else corpus.train
     prompt = store.document(0)[:PROMPT_TOKENS].tolist()

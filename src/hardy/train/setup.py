@@ -60,9 +60,7 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
         comm=comm,
         device=hardware.device,
         # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
-        autocast=AutocastSetting(
-            device_type=hardware.device.type, enabled=hardware.bf16 and not sharded
-        ),
+        autocast=AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded),
         clip_norm=config.optim.clip_norm,
     )
     validation = _stream(config, corpus, split="validation") if corpus.validation.num_documents else None
@@ -159,6 +157,6 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, run_dir:
         changes = list(differing({key: saved.get(key)}, {key: now[key]}))
         if changes:
             raise UserError(
-                f"cannot resume {run_dir}: {name} changed since the checkpoint ({'; '.join(changes[:3])}); put "
-                f"it back, or start a new run with another --run-dir"
+                f"cannot resume {run_dir}: {name} changed since the checkpoint ({'; '.join(changes[:3])}); "
+                f"put it back, or start a new run with another --run-dir"
             )

@@ -66,8 +66,8 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step on this worker's share of the global batch.
 
-    Every wrapper averages gradients over the workers, so each micro-batch's sum is scaled by workers / targets:
-    any split of the batch over workers and micro-batches gives the gradient of the global mean.
+    Every wrapper averages gradients over the workers, so each micro-batch's sum is scaled by workers /
+    targets: any split of the batch over workers and micro-batches gives the gradient of the global mean.
 
     Args:
         worker: the model and what trains it.
@@ -106,4 +106,3 @@ def train_step(
         stop_votes=int(votes),
         busy_s=worker.comm.clock.now() - started_s,
     )
-
