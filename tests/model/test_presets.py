@@ -83,8 +83,9 @@ def test_what_does_not_fit_is_named(given, text):
 
 def test_documents_longer_than_the_context_are_refused():
     shape = resolve_shape(ModelConfig(context_tokens=128), vocab_size=300)
-    check_context(shape, 128)
+    check_context(shape.context_tokens, document_tokens=128)
+    check_context(None, document_tokens=10**9)
     with pytest.raises(
         ConfigError, match="data.document_tokens=129 is longer than model.context_tokens=128; lower"
     ):
-        check_context(shape, 129)
+        check_context(shape.context_tokens, document_tokens=129)

@@ -111,16 +111,16 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> DecoderShape:
     return shape
 
 
-def check_context(shape: DecoderShape, document_tokens: int) -> None:
-    """Refuse documents longer than the model may attend over.
+def check_context(context_tokens: int | None, *, document_tokens: int) -> None:
+    """Refuse documents longer than the model may attend over; None is no limit.
 
     Raises:
-        ConfigError: `document_tokens` is above the shape's `context_tokens`.
+        ConfigError: `document_tokens` is above `context_tokens`.
     """
-    if document_tokens > shape.context_tokens:
+    if context_tokens is not None and document_tokens > context_tokens:
         raise ConfigError(
             f"data.document_tokens={document_tokens} is longer than model.context_tokens="
-            f"{shape.context_tokens}; lower data.document_tokens (none means data.pack_tokens) or raise "
+            f"{context_tokens}; lower data.document_tokens (none means data.pack_tokens) or raise "
             f"model.context_tokens"
         )
 

@@ -130,5 +130,7 @@ def _count_parameters(config: TrainConfig) -> int | None:
     shape = resolve_shape(
         config.model, vocab_size=bpe_size(tokenizer) or open_tokenizer(tokenizer).vocab_size
     )
-    check_context(shape, config.data.document_tokens or config.data.pack_tokens)
+    check_context(
+        shape.context_tokens, document_tokens=config.data.document_tokens or config.data.pack_tokens
+    )
     return count_parameters(shape)

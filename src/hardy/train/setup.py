@@ -47,8 +47,8 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
     model = build_model(config.model, vocab_size=corpus.tokenizer.vocab_size)
-    if isinstance(model, Decoder):
-        check_context(model.shape, config.data.document_tokens or config.data.pack_tokens)
+    document_tokens = config.data.document_tokens or config.data.pack_tokens
+    check_context(getattr(model, "context_tokens", None), document_tokens=document_tokens)
     num_parameters = sum(p.numel() for p in model.parameters())
     same_run = identity(config, corpus, model)
     model = place_model(model, comm, sizes=sizes, hardware=hardware, seed=config.train.seed)
