@@ -8,6 +8,7 @@ Shape suffixes: T packed tokens, H heads, K head size, B documents of one length
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from hardy.ops.packed import DocumentLayout
 from hardy.ops.rows import from_rows, plan_rectangles, to_rows
 
 DENSE_MOST_TOKENS = 8192
+RUN_MEAN_TOKENS = 96
+"""Runs of equal documents at least this long on average get a call each, shorter documents are gathered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,18 +92,13 @@ def reference_attention(
     Arguments as of `packed_attention`. Memory grows with the square of a document at most, never of the pack.
     """
     shapes = list(zip(queries.lengths, keys.lengths, strict=True))
-    if len(set(shapes)) == 1:  # nothing to sort: views in, one view out
-        (num_queries, num_keys), num_documents = shapes[0], len(shapes)
-        out_BQHK = _attend(
-            query_THK.view(num_documents, num_queries, *query_THK.shape[1:]),
-            key_THK.view(num_documents, num_keys, *key_THK.shape[1:]),
-            value_THK.view(num_documents, num_keys, *value_THK.shape[1:]),
-            rule=rule,
-        )
-        return out_BQHK.flatten(0, 1)
+    inputs = (query_THK, key_THK, value_THK)
+    runs = [(shape, len(list(run))) for shape, run in groupby(shapes)]
+    if len(runs) == 1 or len(runs) * RUN_MEAN_TOKENS <= queries.num_tokens:
+        return _attend_in_runs(inputs, runs, rule=rule)
     if rule.causal and queries.lengths == keys.lengths:
-        return _attend_in_rectangles((query_THK, key_THK, value_THK), queries, rule=rule)
-    return _attend_in_groups((query_THK, key_THK, value_THK), shapes, rule=rule)
+        return _attend_in_rectangles(inputs, queries, rule=rule)
+    return _attend_in_groups(inputs, shapes, rule=rule)
 
 
 def dense_attention(
@@ -129,6 +127,44 @@ def dense_attention(
     )
     inputs = (query_THK.unsqueeze(0), key_THK.unsqueeze(0), value_THK.unsqueeze(0))
     return _scaled_dot_product(*inputs, mask=mask_TT, causal=False, scale=rule.scale).squeeze(0)
+
+
+def _attend_in_runs(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    runs: Sequence[tuple[tuple[int, int], int]],
+    *,
+    rule: AttentionRule,
+) -> Tensor:
+    """Attend where neighbours of equal length share a call: nothing is moved, a view goes in for each run.
+
+    Args:
+        inputs: queries, keys and values.
+        runs: (queries and keys of a document, documents in a row).
+        rule: who sees whom.
+    """
+    outputs: list[Tensor] = []
+    for ((num_queries, num_keys), count), query, key, value in zip(
+        runs, *_split_runs(inputs, runs), strict=True
+    ):
+        out_BQHK = _attend(
+            query.view(count, num_queries, *query.shape[1:]),
+            key.view(count, num_keys, *key.shape[1:]),
+            value.view(count, num_keys, *value.shape[1:]),
+            rule=rule,
+        )
+        outputs.append(out_BQHK.flatten(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _split_runs(
+    inputs: tuple[Tensor, Tensor, Tensor], runs: Sequence[tuple[tuple[int, int], int]]
+) -> list[Sequence[Tensor]]:
+    """Return the parts of queries, keys and values that belong to each run."""
+    query_sizes = [num_queries * count for (num_queries, _), count in runs]
+    key_sizes = [num_keys * count for (_, num_keys), count in runs]
+    # Split, not slice: a slice's backward pass fills a gradient as large as the pack for every run.
+    sizes = (query_sizes, key_sizes, key_sizes)
+    return [torch.split_with_sizes(x, parts) for x, parts in zip(inputs, sizes, strict=True)]
 
 
 def _attend_in_rectangles(

@@ -93,8 +93,8 @@ def train_step(
     nll_total, votes, norm_value = torch.cat([totals, norm.double().reshape(1)]).tolist()
     applied = math.isfinite(nll_total) and math.isfinite(norm_value)
     if applied:
-        if worker.clip_norm is not None:
-            scale_gradients(parameters, (worker.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        if worker.clip_norm is not None and norm_value > worker.clip_norm:
+            scale_gradients(parameters, worker.clip_norm / (norm + 1e-6))
         set_learning_rate(worker.optimizer, lr)
         worker.optimizer.step()
     worker.strategy.after_step()
