@@ -6,7 +6,6 @@ TORCH_INSTALL ?= $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-RUN_DIR ?= runs/demo
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help demo test lint check golden bench clean
@@ -23,8 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY) ## train a small model on this machine's Python sources, let it write (minutes on two cores)
-	$(BIN)/hardy train demo --run-dir $(RUN_DIR)
-	$(BIN)/hardy generate $(RUN_DIR) --prompt 'def ' --tokens 80
+	$(BIN)/hardy train demo
 
 test: $(READY) ## all tests, with the slowest named
 	$(PYTEST) --durations=15

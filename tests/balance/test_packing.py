@@ -51,18 +51,28 @@ def test_every_token_exactly_once_per_epoch_and_no_piece_too_long(name, lengths,
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=lengths_lists, budget=budgets)
-def test_the_stream_is_epoch_after_epoch_and_every_pack_is_full(lengths, budget):
+def test_each_epoch_of_the_stream_shows_every_token_once_in_full_packs_but_one(lengths, budget):
     pack_tokens, document_tokens = budget
     packer = StreamPacker(lengths, pack_tokens=pack_tokens, document_tokens=document_tokens, seed=1)
     assert packer.num_packs is None
-    epoch_tokens = sum(lengths)
-    packs = [tokens_of(packer.pieces(index)) for index in range(-(-2 * epoch_tokens // pack_tokens))]
-    assert {len(tokens) for tokens in packs} == {pack_tokens}
-    stream = [token for tokens in packs for token in tokens]
-    assert set(stream[:epoch_tokens]) == set(stream[epoch_tokens : 2 * epoch_tokens]) == all_tokens(lengths)
-    for index, tokens in enumerate(packs):
-        assert packer.epoch_of(index) == index * pack_tokens // epoch_tokens
-        assert tokens == stream[index * pack_tokens :][:pack_tokens]
+    num_packs = packer.packs_per_epoch
+    assert num_packs == -(-sum(lengths) // pack_tokens)
+    for epoch in (0, 1):
+        indices = range(epoch * num_packs, (epoch + 1) * num_packs)
+        packs = [tokens_of(packer.pieces(index)) for index in indices]
+        assert Counter(token for tokens in packs for token in tokens) == Counter(all_tokens(lengths))
+        rest = sum(lengths) - (num_packs - 1) * pack_tokens
+        assert Counter(map(len, packs)) == Counter([pack_tokens] * (num_packs - 1) + [rest])
+        assert {packer.epoch_of(index) for index in indices} == {epoch}
+
+
+def test_neighbouring_packs_of_the_stream_come_from_different_documents():
+    """One document fills ten packs: a batch of ten must not be that document."""
+    packer = StreamPacker([1000] * 50, pack_tokens=100, document_tokens=100, seed=0)
+    batches = [[packer.pieces(10 * step + i)[0].document for i in range(10)] for step in range(50)]
+    assert min(len(set(batch)) for batch in batches) >= 6
+    second = [packer.pieces(500 + i)[0].document for i in range(10)]
+    assert second != batches[0]
 
 
 @settings(max_examples=40, deadline=None)

@@ -27,10 +27,10 @@ def test_the_settings_shown_are_a_file_that_gives_the_same_run(name, tmp_path):
 def test_the_plan_in_words():
     config = resolve("tiny", ["--train.micro_packs", "2", "--strategy.mesh.shards", "2"]).config
     assert plan_lines(plan_run(config, num_workers=2)) == [
-        "model: 697,472 parameters",
+        "model: 984,448 parameters",
         "workers: 2 as 1 replicas x 2 shards",
-        "step: 1,024 tokens; each worker runs 1 micro-batch of 2 packs",
-        "run: 120 steps, 122,880 tokens",
+        "step: 2,048 tokens; each worker runs 2 micro-batches of 2 packs",
+        "run: 60 steps, 122,880 tokens",
     ]
 
 
@@ -52,4 +52,4 @@ def test_the_command_shows_json(capsys):
     shown = json.loads(capsys.readouterr().out)
     assert shown["name"] == "tiny"
     assert from_dict(TrainConfig, shown["config"]) == recipe("tiny")
-    assert (shown["plan"]["num_workers"], shown["plan"]["num_parameters"]) == (2, 697472)
+    assert (shown["plan"]["num_workers"], shown["plan"]["num_parameters"]) == (2, 984448)

@@ -114,9 +114,9 @@ def test_epochs_and_sizes(make_store):
     store = make_store([10, 6, 4])
     stream, whole = make_stream(store), make_stream(store, packing="whole")
     assert stream.tokens_per_epoch == whole.tokens_per_epoch == 20
-    assert (stream.packs_per_epoch, whole.packs_per_epoch) == (2.5, 3)
+    assert (stream.packs_per_epoch, whole.packs_per_epoch) == (3, 3)
     assert stream.num_packs is None and whole.num_packs is None
-    assert [stream.epoch_of(index) for index in (0, 2, 3, 5)] == [0, 0, 1, 2]
+    assert [stream.epoch_of(index) for index in (0, 2, 3, 6)] == [0, 0, 1, 2]
     assert [whole.epoch_of(index) for index in (0, 2, 3, 6)] == [0, 0, 1, 2]
 
 
@@ -140,7 +140,7 @@ def test_a_corpus_that_fills_no_batch_is_refused(make_store):
     with pytest.raises(UserError) as refused:
         stream.check_size(16)
     assert str(refused.value) == (
-        "data.source gives 20 tokens to train on (2.5 packs), and one step needs train.batch_packs x "
+        "data.source gives 20 tokens to train on (3 packs), and one step needs train.batch_packs x "
         "data.pack_tokens = 16 x 8 = 128; give more text or lower one of the two"
     )
 

@@ -12,7 +12,7 @@ def test_small_runs_need_nothing_but_this_machine():
 
 def test_small_runs_are_small_and_may_be_shared_by_two_workers():
     sizes = [plan_run(build(), num_workers=2) for build in (tiny, demo)]
-    assert sizes[0].num_parameters < 1_000_000 < sizes[1].num_parameters < 5_000_000
+    assert 900_000 < sizes[0].num_parameters < 1_100_000 < sizes[1].num_parameters < 5_000_000
     assert sizes[0].total_tokens < 1_000_000
 
 

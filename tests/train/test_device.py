@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hardy.config import ConfigError
-from hardy.train.device import choose_hardware
+from hardy.train.device import choose_hardware, denormals_flushed
 
 
 def yes():
@@ -55,3 +55,16 @@ def test_peak_memory_on_a_cpu_is_that_of_a_process_with_torch():
     hardware = choose_hardware("cpu", "auto")
     assert 50 < hardware.peak_memory_mb() < 100_000
     assert hardware.name == "cpu, fp32"
+
+
+def test_tiny_numbers_are_zero_inside_and_only_there():
+    def doubled():
+        return float(torch.tensor(1e-39) * 2.0)
+
+    assert doubled() > 0
+    with denormals_flushed():
+        assert doubled() == 0
+        with denormals_flushed():
+            assert doubled() == 0
+        assert doubled() == 0
+    assert doubled() > 0

@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 Plan = TypeVar("Plan")
 
 PLANS_KEPT = 2
-"""Epoch plans kept in memory: a pack of the stream may straddle two epochs."""
+"""Epoch plans kept in memory: a batch may straddle two epochs."""
 
 
 class Piece(NamedTuple):
@@ -34,8 +34,8 @@ class Packer(Protocol):
     """What a way of packing offers."""
 
     @property
-    def packs_per_epoch(self) -> float:
-        """Packs that one pass over the data fills; a whole number unless packs straddle epochs."""
+    def packs_per_epoch(self) -> int:
+        """Packs that show every token once."""
         ...
 
     @property
@@ -44,7 +44,7 @@ class Packer(Protocol):
         ...
 
     def epoch_of(self, pack_index: int) -> int:
-        """Return the epoch of the pack's first token."""
+        """Return the epoch of the pack."""
         ...
 
     def pieces(self, pack_index: int) -> list[Piece]:
@@ -53,15 +53,16 @@ class Packer(Protocol):
 
 
 class StreamPacker:
-    """Epochs laid end to end as one stream of tokens, cut every `pack_tokens`.
+    """Documents laid end to end as one stream of tokens, cut every `pack_tokens`; the packs then shuffled.
 
-    Every pack is full; a document is cut where a pack ends. With `num_epochs` the stream stops, and its last
-    pack may be short.
+    Each epoch draws a new order of documents, hence new cuts, and a new order of packs: without the second, a
+    batch of neighbouring packs would hold a few long documents and little else. Every pack of an epoch is full
+    but one, which has the rest.
 
     Example:
         >>> packer = StreamPacker([5], pack_tokens=4, document_tokens=4, seed=0)
-        >>> [tuple(piece) for piece in packer.pieces(1)]  # the end of epoch 0 and the beginning of epoch 1
-        [(0, 4, 5), (0, 0, 3)]
+        >>> sorted(tuple(piece) for index in (0, 1) for piece in packer.pieces(index))
+        [(0, 0, 4), (0, 4, 5)]
     """
 
     def __init__(
@@ -79,47 +80,35 @@ class StreamPacker:
         self._document_tokens = document_tokens
         self._num_epochs = num_epochs
         self._epoch_tokens = int(self._lengths.sum())
-        self._plans = _RecentPlans(lambda epoch: _stream_plan(self._lengths, seed=seed, epoch=epoch))
+        self._plans = _RecentPlans(
+            lambda epoch: _stream_plan(self._lengths, num_packs=self.packs_per_epoch, seed=seed, epoch=epoch)
+        )
 
     @property
-    def packs_per_epoch(self) -> float:
-        """Packs that one pass over the data fills; seldom a whole number."""
-        return self._epoch_tokens / self._pack_tokens
+    def packs_per_epoch(self) -> int:
+        """Packs that show every token once."""
+        return -(-self._epoch_tokens // self._pack_tokens)
 
     @property
     def num_packs(self) -> int | None:
         """Packs there are; none means they never end."""
-        if self._num_epochs is None:
-            return None
-        return -(-self._num_epochs * self._epoch_tokens // self._pack_tokens)
+        return None if self._num_epochs is None else self._num_epochs * self.packs_per_epoch
 
     def epoch_of(self, pack_index: int) -> int:
-        """Return the epoch of the pack's first token."""
-        return pack_index * self._pack_tokens // self._epoch_tokens
+        """Return the epoch of the pack."""
+        return pack_index // self.packs_per_epoch
 
     def pieces(self, pack_index: int) -> list[Piece]:
         """Return the pieces of a pack, in order; IndexError outside 0 ... num_packs - 1."""
         _check_index(pack_index, self.num_packs)
-        # Python integers: the position in an endless stream may pass 2**63.
-        position = pack_index * self._pack_tokens
-        last = position + self._pack_tokens
-        if self._num_epochs is not None:
-            last = min(last, self._num_epochs * self._epoch_tokens)
-        found: list[Piece] = []
-        while position < last:
-            epoch, begin = divmod(position, self._epoch_tokens)
-            end = min(self._epoch_tokens, begin + last - position)
-            found += self._cut(epoch, begin, end)
-            position += end - begin
-        return found
-
-    def _cut(self, epoch: int, begin: int, end: int) -> list[Piece]:
-        """Return the pieces of tokens `begin` to `end` of one epoch."""
-        order, ends = self._plans(epoch)
-        place = int(np.searchsorted(ends, begin, side="right"))
+        epoch, place_in_epoch = divmod(pack_index, self.packs_per_epoch)
+        plan = self._plans(epoch)
+        begin = int(plan.packs[place_in_epoch]) * self._pack_tokens
+        end = min(begin + self._pack_tokens, self._epoch_tokens)
+        place = int(np.searchsorted(plan.ends, begin, side="right"))
         found: list[Piece] = []
         while begin < end:
-            document, document_end = int(order[place]), int(ends[place])
+            document, document_end = int(plan.documents[place]), int(plan.ends[place])
             document_begin = document_end - int(self._lengths[document])
             stop = min(end, document_end) - document_begin
             for start in range(begin - document_begin, stop, self._document_tokens):
@@ -277,10 +266,22 @@ class _RecentPlans(Generic[Plan]):
         return plan
 
 
-def _stream_plan(lengths: Integers, *, seed: int, epoch: int) -> tuple[Integers, Integers]:
-    """Return the documents of an epoch in order, and where each ends in the epoch's stream."""
-    order = numpy_generator_for(seed, "epoch", epoch).permutation(lengths.size)
-    return order, np.cumsum(lengths[order])
+class _StreamPlan(NamedTuple):
+    """One epoch of the stream."""
+
+    documents: Integers
+    """The documents in order."""
+    ends: Integers
+    """Where each of them ends in the stream."""
+    packs: Integers
+    """The packs in order."""
+
+
+def _stream_plan(lengths: Integers, *, num_packs: int, seed: int, epoch: int) -> _StreamPlan:
+    """Return the order of an epoch's documents and packs."""
+    documents = numpy_generator_for(seed, "epoch", epoch).permutation(lengths.size)
+    packs = numpy_generator_for(seed, "packs", epoch).permutation(num_packs)
+    return _StreamPlan(documents=documents, ends=np.cumsum(lengths[documents]), packs=packs)
 
 
 def _checked(lengths: Sequence[int] | Integers, *, pack_tokens: int, document_tokens: int) -> Integers:

@@ -67,8 +67,8 @@ class PackStream:
         return self._store.num_tokens
 
     @property
-    def packs_per_epoch(self) -> float:
-        """Packs in one pass; a whole number when `packing` is "whole"."""
+    def packs_per_epoch(self) -> int:
+        """Packs in one pass."""
         return self._packer.packs_per_epoch
 
     @property
@@ -88,7 +88,7 @@ class PackStream:
         """
         if self.packs_per_epoch < batch_packs:
             raise UserError(
-                f"data.source gives {self.tokens_per_epoch} tokens to train on ({self.packs_per_epoch:.4g} "
+                f"data.source gives {self.tokens_per_epoch} tokens to train on ({self.packs_per_epoch} "
                 "packs), and one step needs train.batch_packs x data.pack_tokens = "
                 f"{batch_packs} x {self._pack_tokens} = {batch_packs * self._pack_tokens}; "
                 "give more text or lower one of the two"

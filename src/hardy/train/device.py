@@ -2,7 +2,8 @@
 
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,21 @@ class Hardware:
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Take numbers too small for full precision (below 1e-38 in fp32) as zero while entered, on a CPU.
+
+    As a model learns, more and more of its gradients and moments become so small, and a CPU computes with such
+    numbers many times slower. Threads started inside inherit the setting.
+    """
+    was_flushed = float(torch.tensor(1e-39) * 1.0) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(was_flushed)
 
 
 def choose_hardware(

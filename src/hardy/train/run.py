@@ -19,7 +19,7 @@ from hardy.model.generate import generate
 from hardy.optim.build import hyperparameters, set_hyperparameters
 from hardy.train.checkpoint import CheckpointStore
 from hardy.train.config import TrainConfig
-from hardy.train.device import Hardware, choose_hardware
+from hardy.train.device import Hardware, choose_hardware, denormals_flushed
 from hardy.train.folder import RunFolder, replace_json
 from hardy.train.hooks import Hook, RunFacts, Summary
 from hardy.train.loop import Progress, run_loop
@@ -88,18 +88,19 @@ def _run(
     hardware = choose_hardware(config.train.device, config.train.precision, local_rank=world.local_rank)
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
-    if world.size == 1:
-        return _train(config, folder, around, Alone(), hardware=hardware, is_resumed=is_resumed)
-    comm = join_world(
-        rank=world.rank,
-        size=world.size,
-        init_method=world.address or "env://",
-        device_type="cuda" if hardware.device.type == "cuda" else "cpu",
-    )
-    try:
-        return _train(config, folder, around, comm, hardware=hardware, is_resumed=is_resumed)
-    finally:
-        leave_world()
+    with denormals_flushed():
+        if world.size == 1:
+            return _train(config, folder, around, Alone(), hardware=hardware, is_resumed=is_resumed)
+        comm = join_world(
+            rank=world.rank,
+            size=world.size,
+            init_method=world.address or "env://",
+            device_type="cuda" if hardware.device.type == "cuda" else "cpu",
+        )
+        try:
+            return _train(config, folder, around, comm, hardware=hardware, is_resumed=is_resumed)
+        finally:
+            leave_world()
 
 
 def _train(
