@@ -33,7 +33,7 @@ def test_a_service_gets_config_numbers_and_the_end(monkeypatch, tmp_path, name):
     (hook,) = tracker_hooks([name], tmp_path / "run", project="mine")
     hook.on_start(SimpleNamespace(config={"a": 1}))
     hook.on_step({"step": 3, "loss": 2.5, "note": "text"})
-    hook.on_end(None)
+    hook.close()
     assert calls == [("init", "mine", "run", {"a": 1}), ("log", 3, {"loss": 2.5}), ("finish",)]
 
 
@@ -53,8 +53,11 @@ def test_tensorboard_gets_scalars(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorboard", ModuleType("tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
     (hook,) = tracker_hooks(["tensorboard"], tmp_path, project="p")
+    hook.close()
+    assert written == []  # a run that was refused before its start leaves no file behind
+    hook.on_start(None)
     hook.on_step({"step": 2, "loss": 1.5})
-    hook.on_end(None)
+    hook.close()
     assert written == [str(tmp_path / "tensorboard"), ("loss", 1.5, 2), "closed"]
 
 

@@ -58,10 +58,11 @@ def test_no_run_and_broken_config_are_named(tmp_path):
 def test_every_start_is_noted(tmp_path):
     folder = RunFolder(tmp_path)
     folder.create(TrainConfig(), command=["a"])
-    folder.note_start(TrainConfig(), command=["b"], from_step=7)
-    assert [(s["command"], s["from_step"]) for s in json.loads(folder.run_file.read_text())["starts"]] == [
-        (["a"], 0),
-        (["b"], 7),
+    folder.note_start(TrainConfig(), command=["b"], from_step=7, num_workers=4)
+    starts = json.loads(folder.run_file.read_text())["starts"]
+    assert [(s["command"], s["from_step"], s["num_workers"]) for s in starts] == [
+        (["a"], 0, 1),
+        (["b"], 7, 4),
     ]
 
 

@@ -9,6 +9,7 @@ def test_every_moment_is_empty_by_default():
     hook.on_start(None)
     hook.on_step({"step": 1})
     hook.on_end(None)
+    hook.close()
 
 
 def test_a_summary_is_plain_values():

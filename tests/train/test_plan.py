@@ -26,7 +26,7 @@ def test_the_size_of_a_run():
         steps=30,
         tokens_per_step=1200,
         total_tokens=36000,
-        num_parameters=4 * (4 * 128**2 + 3 * 128 * 256 + 2 * 128) + 128 + 320 * 128,
+        num_parameters=5 * (4 * 128**2 + 3 * 128 * 320 + 2 * 128) + 128 + 320 * 128,
     )
 
 

@@ -105,6 +105,16 @@ def test_a_finished_run_can_be_lengthened(whole, make_config, around, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["train"]["steps"] == 8
 
 
+def test_fewer_steps_than_are_done_are_refused(make_config, around, tmp_path):
+    start(make_config(), tmp_path / "run", around())
+    before = losses(tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"train.steps=4 is below the 6 steps that .* has done; raise train.steps"
+    ):
+        resume(tmp_path / "run", around(), config=make_config(train__steps=4))
+    assert losses(tmp_path / "run") == before
+
+
 def test_settings_changed_at_a_resume_are_used(make_config, around, tmp_path):
     """The learning rate, the decay and the betas of the new config, not those that lie in the checkpoint."""
     start(make_config(), tmp_path / "run", around())

@@ -56,8 +56,8 @@ class StreamPacker:
     """Documents laid end to end as one stream of tokens, cut every `pack_tokens`; the packs then shuffled.
 
     Each epoch draws a new order of documents, hence new cuts, and a new order of packs: without the second, a
-    batch of neighbouring packs would hold a few long documents and little else. Every pack of an epoch is full
-    but one, which has the rest.
+    batch of neighbouring packs would hold a few long documents and little else. Every pack of an epoch is
+    full but one, which has the rest.
 
     Example:
         >>> packer = StreamPacker([5], pack_tokens=4, document_tokens=4, seed=0)

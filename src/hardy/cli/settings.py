@@ -87,6 +87,16 @@ def read_run_config(run_dir: Path) -> TrainConfig:
         raise UserError(f"{path} cannot be used: {error}") from None
 
 
+def last_num_workers(run_dir: Path) -> int:
+    """Return with how many workers the run in `run_dir` was started last; 1 where that is not known."""
+    try:
+        return int(
+            json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["starts"][-1]["num_workers"]
+        )
+    except (OSError, ValueError, KeyError, IndexError):
+        return 1
+
+
 def _from_file(path: Path) -> TrainConfig:
     """Read a TOML file over its base."""
     data = read_toml(path)

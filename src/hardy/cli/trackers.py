@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hardy.config import UserError
-from hardy.train.hooks import Hook, RunFacts, Summary
+from hardy.train.hooks import Hook, RunFacts
 
 
 def tracker_hooks(names: Sequence[str], run_dir: Path, *, project: str) -> list[Hook]:
@@ -23,17 +23,23 @@ class TensorBoard(Hook):
 
     def __init__(self, run_dir: Path, project: str) -> None:
         _need("tensorboard", "tensorboard")
+        self._folder = run_dir / "tensorboard"
+        self._writer: Any = None
+
+    def on_start(self, facts: RunFacts) -> None:
+        """Open the file; not before, since a new run wants its folder empty."""
         writer = import_module("torch.utils.tensorboard")
-        self._writer = writer.SummaryWriter(str(run_dir / "tensorboard"))
+        self._writer = writer.SummaryWriter(str(self._folder))
 
     def on_step(self, record: dict[str, Any]) -> None:
         """Write every number of the record."""
         for name, value in _numbers(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
-    def on_end(self, summary: Summary) -> None:
+    def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class RunService(Hook):
@@ -43,18 +49,21 @@ class RunService(Hook):
         self._service = _need(package, package)
         self._run_dir = run_dir
         self._project = project
+        self._is_open = False
 
     def on_start(self, facts: RunFacts) -> None:
         """Open the run at the service."""
         self._service.init(project=self._project, name=self._run_dir.name, config=facts.config)
+        self._is_open = True
 
     def on_step(self, record: dict[str, Any]) -> None:
         """Send every number of the record."""
         self._service.log(_numbers(record), step=record["step"])
 
-    def on_end(self, summary: Summary) -> None:
+    def close(self) -> None:
         """Close the run."""
-        self._service.finish()
+        if self._is_open:
+            self._service.finish()
 
 
 TRACKERS: dict[str, Callable[[Path, str], Hook]] = {

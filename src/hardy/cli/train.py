@@ -13,7 +13,7 @@ from hardy.cli.dry_run import show_plan
 from hardy.cli.environment import MEETING, cache_dir, world
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
-from hardy.cli.settings import change, read_run_config, resolve, settings_text
+from hardy.cli.settings import change, last_num_workers, read_run_config, resolve, settings_text
 from hardy.cli.stop import StopSignal
 from hardy.cli.workers import run_workers
 from hardy.config import UserError, parse_dotted
@@ -43,7 +43,7 @@ def add_resume(parser: Parser) -> None:
 
 def _add_common(parser: Parser) -> None:
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes on this machine (default: 1)"
+        "--workers", type=int, metavar="N", help="processes on this machine (default: 1, or as before)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -84,7 +84,7 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy resume`."""
     run_dir: Path = arguments.run_dir
     config = change(read_run_config(run_dir), parse_dotted(arguments.settings))
-    me, num_workers = _workers(arguments)
+    me, num_workers = _workers(arguments, default=last_num_workers(run_dir))
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
@@ -113,11 +113,7 @@ def _run(
             raise failure.CommandFailedError(str(error)) from error
         finally:
             for hook in hooks:
-                close = getattr(
-                    hook, "close", None
-                )  # a live display gives the terminal back, also after a failure
-                if close:
-                    close()
+                hook.close()
     if me.rank == 0:
         _show_summary(summary, run_dir, as_json=arguments.json)
     if summary.stopped_by is None:
@@ -125,17 +121,17 @@ def _run(
     return failure.INTERRUPTED if summary.stopped_by == "SIGINT" else failure.TERMINATED
 
 
-def _workers(arguments: argparse.Namespace) -> tuple[World, int]:
-    """Return who this process is and how many workers train; a launcher's word counts more than --workers."""
-    if arguments.workers < 1:
-        raise UserError(f"--workers must be at least 1, got {arguments.workers}")
+def _workers(arguments: argparse.Namespace, *, default: int = 1) -> tuple[World, int]:
+    """Return who this process is and how many workers train; a launcher decides before --workers."""
+    asked: int | None = arguments.workers
+    if asked is not None and asked < 1:
+        raise UserError(f"--workers must be at least 1, got {asked}")
     me = world(os.environ)
-    if me.size > 1 and arguments.workers not in (1, me.size):
+    if me.size > 1 and asked not in (None, 1, me.size):
         raise UserError(
-            f"--workers {arguments.workers} was given, but a launcher started {me.size} workers; leave "
-            f"--workers out"
+            f"--workers {asked} was given, but a launcher started {me.size} workers; leave --workers out"
         )
-    return me, max(me.size, arguments.workers)
+    return me, me.size if me.size > 1 else asked or default
 
 
 def _next_run_dir(name: str, me: World) -> Path:

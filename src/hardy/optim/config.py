@@ -26,7 +26,7 @@ class ScheduleConfig(Config):
     warmup_steps: NonNegativeInt = 10
     """Steps of linear rise; the first step runs at peak / (warmup_steps + 1)."""
     final_fraction: UnitFloat = 0.1
-    """Learning rate at the last step as a share of the peak."""
+    """Learning rate at the last step as a share of the peak; the constant schedule has no use for it."""
     decay_fraction: UnitFloat = 0.2
     """Share of the run that wsd spends falling."""
 

@@ -36,8 +36,8 @@ class Hardware:
 def denormals_flushed() -> Iterator[None]:
     """Take numbers too small for full precision (below 1e-38 in fp32) as zero while entered, on a CPU.
 
-    As a model learns, more and more of its gradients and moments become so small, and a CPU computes with such
-    numbers many times slower. Threads started inside inherit the setting.
+    As a model learns, more and more of its gradients and moments become so small, and a CPU computes with
+    such numbers many times slower. Threads started inside inherit the setting.
     """
     was_flushed = float(torch.tensor(1e-39) * 1.0) == 0.0
     torch.set_flush_denormal(True)

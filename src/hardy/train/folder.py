@@ -56,7 +56,7 @@ class RunFolder:
                 ) from None
             yield
 
-    def create(self, config: TrainConfig, *, command: Sequence[str]) -> None:
+    def create(self, config: TrainConfig, *, command: Sequence[str], num_workers: int = 1) -> None:
         """Make the folder of a new run.
 
         Raises:
@@ -86,10 +86,12 @@ class RunFolder:
         if diff:
             (self.path / "code.diff").write_text(diff, encoding="utf-8")
         replace_json(self.run_file, {"starts": []})
-        self.note_start(config, command=command, from_step=0)
+        self.note_start(config, command=command, from_step=0, num_workers=num_workers)
         replace_json(self.config_file, to_dict(config))  # last: a folder with a config is a run
 
-    def note_start(self, config: TrainConfig, *, command: Sequence[str], from_step: int) -> None:
+    def note_start(
+        self, config: TrainConfig, *, command: Sequence[str], from_step: int, num_workers: int
+    ) -> None:
         """Add one start or resume to run.json: when, how, with which versions."""
         facts = json.loads(self.run_file.read_text(encoding="utf-8"))
         facts["starts"].append(
@@ -97,6 +99,7 @@ class RunFolder:
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": list(command),
                 "from_step": from_step,
+                "num_workers": num_workers,
                 "seed": config.train.seed,
                 "commit": code_commit(),
                 "versions": {"python": platform.python_version()} | versions(),

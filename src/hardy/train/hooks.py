@@ -54,3 +54,6 @@ class Hook:
 
     def on_end(self, summary: Summary) -> None:
         """The run is over and saved."""
+
+    def close(self) -> None:
+        """Nothing more comes, also after a failure."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardy.config import to_dict
+from hardy.config import UserError, to_dict
 from hardy.data.corpus import Corpus, prepare
 from hardy.distributed.comm import Alone, Communicator, join_world, leave_world
 from hardy.distributed.sharded import bare
@@ -56,7 +56,7 @@ def start(config: TrainConfig, run_dir: Path, around: Surroundings) -> Summary:
     with ExitStack() as held:
         if around.world.rank == 0:
             held.enter_context(folder.locked())
-            folder.create(config, command=around.command)
+            folder.create(config, command=around.command, num_workers=around.world.size)
         return _run(config, folder, around)
 
 
@@ -127,7 +127,7 @@ def _train(
     if comm.rank == 0:
         corpus.tokenizer.save(folder.tokenizer)
         if is_resumed:
-            folder.note_start(config, command=around.command, from_step=progress.step)
+            folder.note_start(config, command=around.command, from_step=progress.step, num_workers=comm.size)
             replace_json(folder.config_file, to_dict(config))
     facts = RunFacts(
         run_dir=str(folder.path),
@@ -240,6 +240,11 @@ def load_newest(store: CheckpointStore, assembly: Assembly, folder: RunFolder) -
     set_hyperparameters(worker.optimizer, settings)  # the config at hand decides, not the one that was saved
     worker.strategy.load_state_dict(plain["strategy"] | tensors)
     progress.load_state_dict(plain["progress"])
+    if progress.step > assembly.plan.loop.steps:
+        raise UserError(
+            f"train.steps={assembly.plan.loop.steps} is below the {progress.step} steps that {folder.path} "
+            f"has done; raise train.steps, or leave it out"
+        )
     logger.info("resumed %s at step %d", folder.path, progress.step)
     return progress
 
