@@ -53,6 +53,12 @@ def stream(run_dir):
     return [(r["step"], r["loss"], r["grad_norm"], r.get("validation_loss")) for r in read_metrics(run_dir)]
 
 
+def wait_for_a_checkpoint_write(run_dir, child):
+    """Return when a checkpoint is on its way to the disk, or the child has ended."""
+    while child.is_alive() and not any((run_dir / "checkpoints").glob(".tmp-*/*")):
+        time.sleep(0.0005)
+
+
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_loss_stream_of_the_uninterrupted_run(config, tmp_path):
     cache_dir = tmp_path / "cache"
@@ -65,7 +71,10 @@ def test_twenty_kills_end_with_the_loss_stream_of_the_uninterrupted_run(config, 
     while kills < NUM_KILLS:
         child = fork.Process(target=go_on, args=(config, run_dirs[-1], cache_dir), daemon=True)
         child.start()
-        child.join(draw.uniform(0.02, whole_s / 6))
+        if kills % 4 == 3:
+            wait_for_a_checkpoint_write(run_dirs[-1], child)
+        else:
+            child.join(draw.uniform(0.02, whole_s / 6))
         if child.exitcode == 0:  # it got to the end between two kills: the next kills hit a new run
             run_dirs.append(tmp_path / f"killed-{len(run_dirs)}")
             continue

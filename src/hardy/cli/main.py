@@ -43,9 +43,6 @@ VERBS: dict[str, Verb] = {
 
 def run() -> None:
     """Entry point of the command."""
-    # Threads that wait shall sleep soon: on two busy cores the default made `tiny` 4 to 10 times slower, on
-    # idle ones this costs it a seventh. Read when torch loads its OpenMP, which is later.
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     logging.basicConfig(level=logging.WARNING, format="hardy: %(message)s")
     sys.exit(main(sys.argv[1:]))
 

@@ -3,7 +3,9 @@
 Shape suffixes: T tokens, V vocabulary.
 """
 
+import sys
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +63,8 @@ def generate(
         while len(text) < limit:
             tokens_T = torch.tensor(unread, device=device)
             layout = DocumentLayout.from_lengths([len(unread)], device=device)
-            logits_TV = model(tokens_T, layout) if cache is None else model(tokens_T, layout, None, cache)
+            with _uncompiled():
+                logits_TV = model(tokens_T, layout) if cache is None else model(tokens_T, layout, None, cache)
             logits_V = logits_TV[-1].double().cpu()
             token = choose(logits_V, generator=generator, temperature=temperature, top_k=top_k, top_p=top_p)
             text.append(token)
@@ -71,6 +74,12 @@ def generate(
     finally:
         model.train(was_training)
     return text[len(prompt_ids) :]
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Run compiled blocks as they were: they would be compiled again for every length of the text."""
+    # Asking torch.compiler costs seconds of imports, which are done already where something is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def choose(
