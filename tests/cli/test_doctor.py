@@ -75,4 +75,6 @@ def test_the_version_is_that_of_the_distribution(capsys):
     assert main(["version", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["hardy"] == metadata.version("hardy")
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out.startswith(f"hardy {metadata.version('hardy')} (torch {torch.__version__}")
+    assert capsys.readouterr().out.startswith(
+        f"hardy {metadata.version('hardy')} (torch {metadata.version('torch')}"
+    )

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from hardy.config import from_dict, override, to_dict
+from hardy.distributed.comm import WorkerLostError
 from hardy.train.config import TrainConfig
 from hardy.train.metrics import read_metrics
+from hardy.train.plan import World
 from hardy.train.run import Surroundings, resume, start
 
 pytestmark = pytest.mark.mp
@@ -39,10 +41,10 @@ def config(tmp_path):
     return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
 
 
-def go_on(config, run_dir, cache_dir):
+def go_on(config, run_dir, cache_dir, world=None):
     """Start the run, or resume it when it has begun."""
     torch.set_num_threads(1)
-    around = Surroundings(cache_dir=cache_dir)
+    around = Surroundings(cache_dir=cache_dir, world=world or World())
     if (run_dir / "config.json").exists():
         resume(run_dir, around)
     else:
@@ -88,3 +90,41 @@ def test_twenty_kills_end_with_the_loss_stream_of_the_uninterrupted_run(config, 
         assert stream(run_dir / "metrics.jsonl") == stream(tmp_path / "whole" / "metrics.jsonl")
         assert len(stream(run_dir / "metrics.jsonl")) == 150
     assert writing > 0  # some of them hit a checkpoint that was being written
+
+
+def two_workers(config, run_dir, cache_dir, meeting):
+    """Start two worker processes; a lost peer is told by exit code 7."""
+
+    def work(rank):
+        try:
+            go_on(config, run_dir, cache_dir, World(rank=rank, size=2, address=f"file://{meeting}"))
+        except WorkerLostError:
+            os._exit(7)
+
+    fork = multiprocessing.get_context("fork")
+    workers = [fork.Process(target=work, args=(rank,), daemon=True) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+@pytest.mark.parametrize(("shards", "victim"), [(1, 0), (2, 1)], ids=["ddp", "fsdp"])
+def test_a_killed_worker_is_named_by_the_other_and_costs_steps_only(config, tmp_path, victim, shards):
+    config = from_dict(
+        TrainConfig, override(to_dict(config), {"strategy.mesh.shards": shards, "train.steps": 60})
+    )
+    cache_dir = tmp_path / "cache"
+    for worker in two_workers(config, tmp_path / "whole", cache_dir, tmp_path / "a"):
+        worker.join(60)
+        assert worker.exitcode == 0
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    workers = two_workers(config, tmp_path / "killed", cache_dir, tmp_path / "b")
+    while not metrics.exists() or len(list(read_metrics(metrics))) < 10:
+        time.sleep(0.002)
+    os.kill(workers[victim].pid, signal.SIGKILL)
+    workers[1 - victim].join(30)
+    assert workers[1 - victim].exitcode == 7
+    for worker in two_workers(config, tmp_path / "killed", cache_dir, tmp_path / "c"):
+        worker.join(60)
+        assert worker.exitcode == 0
+    assert stream(metrics) == stream(tmp_path / "whole" / "metrics.jsonl")

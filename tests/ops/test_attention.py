@@ -121,7 +121,7 @@ def test_tokens_at_the_end_of_a_cache_see_what_they_would_in_one_go():
 def test_equal_documents_are_not_copied():
     layout = DocumentLayout.from_lengths([4, 4])
     inputs = tensors((4, 4), (4, 4), heads=2, kv_heads=2, dtype=torch.float32)
-    with torch.profiler.profile() as profile, torch.no_grad():
+    with torch.profiler.profile(acc_events=True) as profile, torch.no_grad():
         packed_attention(*inputs, layout, backend="reference")
     called = {event.key for event in profile.key_averages()}
     assert any("scaled_dot_product" in name for name in called)  # that the profile saw the call
@@ -132,7 +132,7 @@ def test_documents_of_like_length_share_a_call():
     lengths = (30, 31, 32, 60, 5)
     layout = DocumentLayout.from_lengths(lengths)
     inputs = tensors(lengths, lengths, heads=1, kv_heads=1)
-    with torch.profiler.profile() as profile, torch.no_grad():
+    with torch.profiler.profile(acc_events=True) as profile, torch.no_grad():
         packed_attention(*inputs, layout, backend="reference")
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::scaled_dot_product_attention"] == 2

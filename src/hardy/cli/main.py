@@ -78,7 +78,8 @@ def main(words: Sequence[str]) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    print(f"hardy: {text}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")  # several workers may have the same to say
+    print(f"hardy: {text}" if rank == "0" else f"hardy (worker {rank}): {text}", file=sys.stderr)
     return code
 
 

@@ -168,13 +168,31 @@ class TorchComm:
         try:
             yield
         except RuntimeError as error:
-            raise WorkerLostError(
-                f"worker {self.rank} of {self.size} could not finish {call!r} with the others: one of them "
-                f"died, or came later than the time-out of the process group. Read the end of the output of "
-                f"the worker that stopped first, then go on from the last checkpoint with `hardy resume`. "
-                f"torch says: {error}"
-            ) from error
+            raise _lost(self, call, error) from error
         self.bytes_sent += traffic.bytes_sent
+
+
+SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+"""What torch's errors say when another process is gone; DDP and FSDP2 raise them as plain RuntimeErrors."""
+
+
+@contextmanager
+def lost_workers_named(comm: Communicator) -> Iterator[None]:
+    """Turn what wrappers raise in their own collectives, when a worker is gone, into a `WorkerLostError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if comm.size > 1 and any(sign in str(error) for sign in SIGNS_OF_LOSS):
+            raise _lost(comm, "a step", error) from error
+        raise
+
+
+def _lost(comm: Communicator, call: str, error: RuntimeError) -> WorkerLostError:
+    return WorkerLostError(
+        f"worker {comm.rank} of {comm.size} could not finish {call!r} with the others: one of them died, or "
+        f"came later than the time-out of the process group. Read the end of the output of the worker that "
+        f"stopped first, then go on from the last checkpoint with `hardy resume`. torch says: {error}"
+    )
 
 
 def join_world(

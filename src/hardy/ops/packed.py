@@ -14,9 +14,13 @@ IGNORED_LABEL = -100
 """Label of a token whose successor is not predicted."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DocumentLayout:
-    """Where documents begin and end among T packed tokens; attention never crosses a border."""
+    """Where documents begin and end among T packed tokens; attention never crosses a border.
+
+    Never changed, but not declared frozen: torch.compile of torch 2.11 takes frozen dataclasses apart and
+    compiles a block again for every number of documents (2.13 does not).
+    """
 
     lengths: tuple[int, ...]
     """Tokens of each document, in order, all positive; on the host, so that no step waits for the device."""

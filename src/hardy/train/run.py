@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hardy.config import UserError, to_dict
 from hardy.data.corpus import Corpus, prepare
-from hardy.distributed.comm import Alone, Communicator, join_world, leave_world
+from hardy.distributed.comm import Alone, Communicator, join_world, leave_world, lost_workers_named
 from hardy.distributed.sharded import bare
 from hardy.model.generate import generate
 from hardy.optim.build import hyperparameters, set_hyperparameters
@@ -143,7 +143,8 @@ def _train(
     for hook in hooks:
         hook.on_start(facts)
     started_s, started_tokens = comm.clock.now(), progress.tokens
-    _loop(assembly, progress, store, folder, around, hardware=hardware)
+    with lost_workers_named(comm):
+        _loop(assembly, progress, store, folder, around, hardware=hardware)
     elapsed_s = max(comm.clock.now() - started_s, 1e-9)
     stopped_by = around.stop_signal() if progress.step < config.train.steps else None
     summary = Summary(
