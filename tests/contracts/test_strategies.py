@@ -1,0 +1,99 @@
+"""What every strategy promises; a new one is one line in ENTRIES."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hardy.distributed.comm import Alone
+from hardy.distributed.config import SynchronousConfig
+from hardy.distributed.simulation import SimWorld
+from hardy.distributed.strategy import STRATEGIES, build_strategy
+
+ENTRIES = {"synchronous": SynchronousConfig()}
+STEPS = 4
+
+
+@pytest.fixture(params=ENTRIES)
+def config(request):
+    return ENTRIES[request.param]
+
+
+def make_model():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def run(config, comm, *, steps=range(STEPS), model=None, state=None):
+    """Train as the loop does: every moment, in order; each worker has data of its own."""
+    model = model or make_model()
+    strategy = build_strategy(config, model, comm)
+    if state is not None:
+        strategy.load_state_dict(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in steps:
+        generator = torch.Generator().manual_seed(1000 * step + comm.rank)
+        x = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        strategy.before_forward()
+        model(x).square().mean().backward()
+        strategy.reduce_gradients()
+        optimizer.step()
+        strategy.after_step()
+        optimizer.zero_grad()
+    return model, strategy
+
+
+def test_every_strategy_is_in_the_table():
+    assert set(ENTRIES) == set(STRATEGIES)
+
+
+def test_a_worker_alone_trains_as_without_a_strategy(config):
+    model, plain = run(config, Alone())[0], make_model()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(STEPS):
+        x = torch.randn(5, 3, generator=torch.Generator().manual_seed(1000 * step), dtype=torch.float64)
+        plain(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(weights_of(model), weights_of(plain))
+
+
+def test_the_same_run_twice_gives_the_same_bits(config):
+    first, second = (SimWorld(3).run(lambda comm: weights_of(run(config, comm)[0])) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_evaluation_shows_equal_weights_and_puts_the_training_weights_back(config):
+    def body(comm):
+        model, strategy = run(config, comm)
+        before = weights_of(model)
+        with strategy.evaluation_parameters():
+            shown = weights_of(model)
+        assert torch.equal(weights_of(model), before)
+        return shown
+
+    shown = SimWorld(3).run(body)
+    assert all(torch.equal(shown[0], other) for other in shown)
+
+
+def test_state_is_tensors_and_plain_values_and_a_resume_changes_no_bit(config):
+    def whole(comm):
+        return weights_of(run(config, comm)[0])
+
+    def in_two_parts(comm):
+        model, strategy = run(config, comm, steps=range(2))
+        state = strategy.state_dict()
+        json.dumps({key: value for key, value in state.items() if not isinstance(value, torch.Tensor)})
+        return weights_of(run(config, comm, steps=range(2, STEPS), model=model, state=state)[0])
+
+    a, b = SimWorld(2).run(whole), SimWorld(2).run(in_two_parts)
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
