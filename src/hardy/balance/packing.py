@@ -6,9 +6,10 @@ attends only to itself, at most `document_tokens` long. A *pack* is pieces laid 
 seed, k): nothing is consumed, so a run that resumes, or reads with more workers, sees the same packs.
 """
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
-from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,29 +31,32 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Packer(Protocol):
-    """What a way of packing offers."""
+class Packer(ABC):
+    """A way of packing: every epoch has the same number of packs and shows every token once."""
 
-    @property
-    def packs_per_epoch(self) -> int:
+    def __init__(self, *, packs_per_epoch: int, num_epochs: int | None) -> None:
+        self.packs_per_epoch = packs_per_epoch
         """Packs that show every token once."""
-        ...
-
-    @property
-    def num_packs(self) -> int | None:
+        self.num_packs = None if num_epochs is None else num_epochs * packs_per_epoch
         """Packs there are; none means they never end."""
-        ...
 
     def epoch_of(self, pack_index: int) -> int:
-        """Return the epoch of the pack."""
-        ...
+        """Return the epoch of a pack."""
+        return pack_index // self.packs_per_epoch
 
     def pieces(self, pack_index: int) -> list[Piece]:
         """Return the pieces of a pack, in order; IndexError outside 0 ... num_packs - 1."""
-        ...
+        if pack_index < 0 or (self.num_packs is not None and pack_index >= self.num_packs):
+            raise IndexError(f"there is no pack {pack_index}; there are {self.num_packs or 'endlessly many'}")
+        epoch, place = divmod(pack_index, self.packs_per_epoch)
+        return self._pieces_at(epoch, place)
+
+    @abstractmethod
+    def _pieces_at(self, epoch: int, place: int) -> list[Piece]:
+        """Return the pieces of the pack at `place` in the order of an epoch."""
 
 
-class StreamPacker:
+class StreamPacker(Packer):
     """Documents laid end to end as one stream of tokens, cut every `pack_tokens`; the packs then shuffled.
 
     Each epoch draws a new order of documents, hence new cuts, and a new order of packs: without the second, a
@@ -78,46 +82,30 @@ class StreamPacker:
         self._lengths = _checked(lengths, pack_tokens=pack_tokens, document_tokens=document_tokens)
         self._pack_tokens = pack_tokens
         self._document_tokens = document_tokens
-        self._num_epochs = num_epochs
         self._epoch_tokens = int(self._lengths.sum())
+        num_packs = -(-self._epoch_tokens // pack_tokens)
+        super().__init__(packs_per_epoch=num_packs, num_epochs=num_epochs)
         self._plans = _RecentPlans(
-            lambda epoch: _stream_plan(self._lengths, num_packs=self.packs_per_epoch, seed=seed, epoch=epoch)
+            lambda epoch: _stream_plan(self._lengths, num_packs=num_packs, seed=seed, epoch=epoch)
         )
 
-    @property
-    def packs_per_epoch(self) -> int:
-        """Packs that show every token once."""
-        return -(-self._epoch_tokens // self._pack_tokens)
-
-    @property
-    def num_packs(self) -> int | None:
-        """Packs there are; none means they never end."""
-        return None if self._num_epochs is None else self._num_epochs * self.packs_per_epoch
-
-    def epoch_of(self, pack_index: int) -> int:
-        """Return the epoch of the pack."""
-        return pack_index // self.packs_per_epoch
-
-    def pieces(self, pack_index: int) -> list[Piece]:
-        """Return the pieces of a pack, in order; IndexError outside 0 ... num_packs - 1."""
-        _check_index(pack_index, self.num_packs)
-        epoch, place_in_epoch = divmod(pack_index, self.packs_per_epoch)
+    def _pieces_at(self, epoch: int, place: int) -> list[Piece]:
         plan = self._plans(epoch)
-        begin = int(plan.packs[place_in_epoch]) * self._pack_tokens
+        begin = int(plan.packs[place]) * self._pack_tokens
         end = min(begin + self._pack_tokens, self._epoch_tokens)
-        place = int(np.searchsorted(plan.ends, begin, side="right"))
+        nth = int(np.searchsorted(plan.ends, begin, side="right"))
         found: list[Piece] = []
         while begin < end:
-            document, document_end = int(plan.documents[place]), int(plan.ends[place])
+            document, document_end = int(plan.documents[nth]), int(plan.ends[nth])
             document_begin = document_end - int(self._lengths[document])
             stop = min(end, document_end) - document_begin
             for start in range(begin - document_begin, stop, self._document_tokens):
                 found.append(Piece(document, start, min(start + self._document_tokens, stop)))
-            begin, place = document_end, place + 1
+            begin, nth = document_end, nth + 1
         return found
 
 
-class WholePacker:
+class WholePacker(Packer):
     """Packs in which no document is cut that fits; the same packs in every epoch, in another order.
 
     Documents longer than `document_tokens` are cut into pieces of that length and a rest; the pieces are
@@ -150,30 +138,12 @@ class WholePacker:
         self._documents, self._starts, self._stops = documents[by_pack], starts[by_pack], stops[by_pack]
         self._borders = np.concatenate(([0], np.cumsum(np.bincount(packs))))
         num_packs = self._borders.size - 1
-        self._epoch_packs = num_packs
-        self._num_epochs = num_epochs
+        super().__init__(packs_per_epoch=num_packs, num_epochs=num_epochs)
         self._plans = _RecentPlans(
             lambda epoch: numpy_generator_for(seed, "epoch", epoch).permutation(num_packs)
         )
 
-    @property
-    def packs_per_epoch(self) -> int:
-        """Packs in one pass over the data."""
-        return self._epoch_packs
-
-    @property
-    def num_packs(self) -> int | None:
-        """Packs there are; none means they never end."""
-        return None if self._num_epochs is None else self._num_epochs * self._epoch_packs
-
-    def epoch_of(self, pack_index: int) -> int:
-        """Return the epoch of the pack."""
-        return pack_index // self._epoch_packs
-
-    def pieces(self, pack_index: int) -> list[Piece]:
-        """Return the pieces of a pack, in order; IndexError outside 0 ... num_packs - 1."""
-        _check_index(pack_index, self.num_packs)
-        epoch, place = divmod(pack_index, self._epoch_packs)
+    def _pieces_at(self, epoch: int, place: int) -> list[Piece]:
         pack = int(self._plans(epoch)[place])
         here = slice(int(self._borders[pack]), int(self._borders[pack + 1]))
         columns = (self._documents[here], self._starts[here], self._stops[here])
@@ -292,8 +262,3 @@ def _checked(lengths: Sequence[int] | Integers, *, pack_tokens: int, document_to
     if not 1 <= document_tokens <= pack_tokens:
         raise ValueError(f"document_tokens must be 1 to pack_tokens={pack_tokens}, got {document_tokens}")
     return array
-
-
-def _check_index(pack_index: int, num_packs: int | None) -> None:
-    if pack_index < 0 or (num_packs is not None and pack_index >= num_packs):
-        raise IndexError(f"there is no pack {pack_index}; there are {num_packs or 'endlessly many'}")

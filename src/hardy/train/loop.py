@@ -120,42 +120,51 @@ def run_loop(
     Raises:
         RunFailedError: too many non-finite steps in a row, or the loss diverged.
     """
-    clock = worker.comm.clock
     while progress.step < plan.loop.steps:
-        started_s = clock.now()
-        lr = plan.lr_at(progress.step)
-        micro_batches = plan.batches.at(progress.step, worker)
-        num_targets = plan.batches.num_targets(progress.step)
-        result = train_step(worker, micro_batches, num_targets=num_targets, lr=lr, wants_stop=stop())
-        _advance(progress, result, num_tokens=num_targets)
-        stepped_s = clock.now()
-        is_last = progress.step == plan.loop.steps
-        line: dict[str, Any] = {
-            "step": progress.step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "tokens": progress.tokens,
-            "step_time_s": stepped_s - started_s,
-            "busy_time_s": result.busy_s,
-            "skipped": progress.skipped,
-        }
-        if plan.validation and (is_last or progress.step % plan.loop.evaluate_every_steps == 0):
-            progress.validation_loss = evaluate(
-                worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
-            )
-            line |= {
-                "validation_loss": progress.validation_loss,
-                "validation_time_s": clock.now() - stepped_s,
-            }
+        line, asked_to_stop = _step_and_evaluate(worker, plan, progress, wants_stop=stop())
         record(line)
         _check_health(progress, plan.loop)
-        if result.stop_votes and not is_last:
+        is_last = progress.step == plan.loop.steps
+        if asked_to_stop and not is_last:
             save(progress)
             return False
         if is_last or progress.step % plan.checkpoint_every_steps == 0:
             save(progress)
     return True
+
+
+def _step_and_evaluate(
+    worker: Worker, plan: Plan, progress: Progress, *, wants_stop: bool
+) -> tuple[dict[str, Any], bool]:
+    """Make a step, and evaluate when it is time; return the record, and whether any worker asked to stop."""
+    clock = worker.comm.clock
+    started_s = clock.now()
+    lr = plan.lr_at(progress.step)
+    micro_batches = plan.batches.at(progress.step, worker)
+    num_targets = plan.batches.num_targets(progress.step)
+    result = train_step(worker, micro_batches, num_targets=num_targets, lr=lr, wants_stop=wants_stop)
+    _advance(progress, result, num_tokens=num_targets)
+    stepped_s = clock.now()
+    is_last = progress.step == plan.loop.steps
+    line: dict[str, Any] = {
+        "step": progress.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens": progress.tokens,
+        "step_time_s": stepped_s - started_s,
+        "busy_time_s": result.busy_s,
+        "skipped": progress.skipped,
+    }
+    if plan.validation and (is_last or progress.step % plan.loop.evaluate_every_steps == 0):
+        progress.validation_loss = evaluate(
+            worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
+        )
+        line |= {
+            "validation_loss": progress.validation_loss,
+            "validation_time_s": clock.now() - stepped_s,
+        }
+    return line, result.stop_votes > 0
 
 
 def _advance(progress: Progress, result: StepResult, *, num_tokens: int) -> None:

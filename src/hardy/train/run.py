@@ -129,23 +129,13 @@ def _train(
         if is_resumed:
             folder.note_start(config, command=around.command, from_step=progress.step, num_workers=comm.size)
             replace_json(folder.config_file, to_dict(config))
-    facts = RunFacts(
-        run_dir=str(folder.path),
-        num_parameters=assembly.num_parameters,
-        total_steps=config.train.steps,
-        first_step=progress.step,
-        tokens_per_step=config.train.batch_packs * config.data.pack_tokens,
-        num_workers=comm.size,
-        device=hardware.name,
-        unigram_entropy=corpus.unigram_entropy,
-        config=to_dict(config),
-    )
     for hook in hooks:
-        hook.on_start(facts)
+        hook.on_start(_facts(config, folder, assembly, progress, corpus, hardware=hardware))
     started_s, started_tokens = comm.clock.now(), progress.tokens
     with lost_workers_named(comm):
         _loop(assembly, progress, store, folder, around, hardware=hardware)
-    elapsed_s = max(comm.clock.now() - started_s, 1e-9)
+        elapsed_s = max(comm.clock.now() - started_s, 1e-9)
+        text = sample(assembly, corpus)
     stopped_by = around.stop_signal() if progress.step < config.train.steps else None
     summary = Summary(
         run_dir=str(folder.path),
@@ -158,7 +148,7 @@ def _train(
         tokens_per_s=(progress.tokens - started_tokens) / elapsed_s,
         peak_memory_mb=hardware.peak_memory_mb(),
         skipped_steps=progress.skipped,
-        sample=sample(assembly, corpus),
+        sample=text,
         stopped_by=signal.Signals(stopped_by).name if stopped_by else None,
     )
     if comm.rank == 0:
@@ -166,6 +156,29 @@ def _train(
     for hook in hooks:
         hook.on_end(summary)
     return summary
+
+
+def _facts(
+    config: TrainConfig,
+    folder: RunFolder,
+    assembly: Assembly,
+    progress: Progress,
+    corpus: Corpus,
+    *,
+    hardware: Hardware,
+) -> RunFacts:
+    """Return what listeners are told before the first step."""
+    return RunFacts(
+        run_dir=str(folder.path),
+        num_parameters=assembly.num_parameters,
+        total_steps=config.train.steps,
+        first_step=progress.step,
+        tokens_per_step=config.train.batch_packs * config.data.pack_tokens,
+        num_workers=assembly.worker.comm.size,
+        device=hardware.name,
+        unigram_entropy=corpus.unigram_entropy,
+        config=to_dict(config),
+    )
 
 
 def _loop(
