@@ -59,10 +59,10 @@ def _shape(hidden_size: int, intermediate_size: int, num_heads: int, num_layers:
 
 
 PRESETS: dict[str, DecoderShape] = {
-    "1m": replace(_shape(128, 320, 4, 5), vocab_size=512, tied=True),
-    "3m": replace(_shape(192, 512, 6, 5), vocab_size=4096, tied=True),
-    "10m": replace(_shape(320, 864, 5, 7), vocab_size=4096, tied=True),
-    "30m": replace(_shape(512, 1376, 8, 9), vocab_size=4096, tied=True),
+    "1m": replace(_shape(128, 320, 4, 5), vocab_size=512, tied=True, norm_eps=1e-5),
+    "3m": replace(_shape(192, 512, 6, 5), vocab_size=4096, tied=True, norm_eps=1e-5),
+    "10m": replace(_shape(320, 864, 5, 7), vocab_size=4096, tied=True, norm_eps=1e-5),
+    "30m": replace(_shape(512, 1376, 8, 9), vocab_size=4096, tied=True, norm_eps=1e-5),
     "60m": _shape(512, 1376, 8, 8),
     "130m": _shape(768, 2048, 12, 12),
     "350m": _shape(1024, 2736, 16, 24),

@@ -13,7 +13,7 @@ def tiny() -> TrainConfig:
         data=DataConfig(
             source="pydocs", tokenizer="bytes", pack_tokens=256, limit_mb=4.0, validation_fraction=0.05
         ),
-        optim=AdamWConfig(lr=6e-3, schedule=ScheduleConfig(warmup_steps=10)),
+        optim=AdamWConfig(lr=2e-3, schedule=ScheduleConfig(warmup_steps=10)),
         train=LoopConfig(steps=60, batch_packs=8, evaluate_every_steps=20),
         checkpoint=CheckpointConfig(every_steps=20),
         log=LogConfig(every_steps=5),
@@ -25,7 +25,7 @@ def demo() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(name="3m"),
         data=DataConfig(source="pydocs", tokenizer="bpe:1024", pack_tokens=256),
-        optim=AdamWConfig(lr=6e-3, schedule=ScheduleConfig(warmup_steps=20)),
+        optim=AdamWConfig(lr=3e-3, schedule=ScheduleConfig(warmup_steps=20)),
         train=LoopConfig(steps=450, batch_packs=8, evaluate_every_steps=50),
         checkpoint=CheckpointConfig(every_steps=100),
         log=LogConfig(every_steps=10),
