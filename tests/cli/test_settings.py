@@ -2,8 +2,8 @@
 
 import pytest
 
-from hardy.cli.settings import change, last_num_workers, merged, read_run_config, resolve, settings_text
-from hardy.config import ConfigError, UserError, settings_of
+from hardy.cli.settings import change, merged, resolve, settings_text
+from hardy.config import ConfigError, settings_of
 from hardy.optim.config import AdamWConfig, SGDConfig
 from hardy.recipes.table import RECIPES, recipe
 from hardy.train.config import TrainConfig
@@ -115,19 +115,3 @@ def test_a_setting_that_all_variants_share_is_listed_once():
     paths = [setting.path for setting in merged(settings_of(TrainConfig))]
     assert paths.count("optim.schedule.warmup_steps") == 1
     assert paths.count("optim.lr") == 2  # the defaults differ
-
-
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no run in .* start one with `hardy train`"):
-        read_run_config(tmp_path)
-    (tmp_path / "config.json").write_text('{"train": {"stepz": 3}}')
-    with pytest.raises(UserError, match="config.json cannot be used: there is no setting 'train.stepz'"):
-        read_run_config(tmp_path)
-
-
-def test_the_last_number_of_workers_is_remembered(tmp_path):
-    assert last_num_workers(tmp_path) == 1
-    (tmp_path / "run.json").write_text('{"starts": [{"num_workers": 2}, {"num_workers": 4}]}')
-    assert last_num_workers(tmp_path) == 4
-    (tmp_path / "run.json").write_text('{"starts": [{}]}')
-    assert last_num_workers(tmp_path) == 1

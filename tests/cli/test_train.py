@@ -115,7 +115,9 @@ def test_a_refusal_imports_no_torch(tmp_path):
 
 def test_a_folder_with_a_run_is_refused(small, finished_run, capsys):
     assert main(["train", "tiny", "--run-dir", str(finished_run), *small]) == 2
-    assert f"already holds a run; go on with `hardy resume {finished_run}`" in errors(capsys)
+    assert f"already holds this run; go on with `hardy resume {finished_run}`" in errors(capsys)
+    assert main(["train", "tiny", "--run-dir", str(finished_run), *small, "--optim.lr", "0.5"]) == 2
+    assert "belongs to another config: optim.lr is " in errors(capsys)
 
 
 def test_a_folder_with_anything_else_is_refused(small, tmp_path, capsys):

@@ -59,6 +59,14 @@ class Toy(nn.Module):
         return logits if labels is None else nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
+def measure_and_clip(parameters, clip_norm):
+    """Return the norm of the gradients before they are clipped; None does not clip."""
+    norm = grad_norm(parameters)
+    if clip_norm is not None:
+        clip_gradients(parameters, norm=norm, clip_norm=clip_norm)
+    return norm.item()
+
+
 def fill(model):
     """Give each parameter its own reproducible values, whatever part of it lives here."""
     for name, param in model.named_parameters():
@@ -110,7 +118,7 @@ def train(comm, model, *, num_steps=10, micro_rows=BATCH, clip_norm=0.5):
                 (loss * (comm.size / (4 * BATCH))).backward()
             total += loss.detach()
         strategy.reduce_gradients()
-        norms.append(clip_gradients(list(model.parameters()), clip_norm=clip_norm).item())
+        norms.append(measure_and_clip(list(model.parameters()), clip_norm))
         losses.append(comm.sum(total).item() / (4 * BATCH))
         optimizer.step()
         optimizer.zero_grad()
@@ -198,7 +206,7 @@ def test_the_norm_counts_each_shard_once(run_workers, replicas, shards, clip_nor
         model = build(comm, replicas=replicas, shards=shards)
         tokens, labels = (part.flatten() for part in rows(0))
         model(tokens, DocumentLayout.from_lengths([len(tokens)]), labels).backward()
-        before = clip_gradients(model.parameters(), clip_norm=clip_norm).item()
+        before = measure_and_clip(list(model.parameters()), clip_norm)
         return before, grad_norm(model.parameters()).item()
 
     want = body(Alone(), replicas=1, shards=1)

@@ -51,7 +51,7 @@ def test_no_run_and_broken_config_are_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no run in .*hardy train"):
         RunFolder(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"config.json cannot be used"):
         RunFolder(tmp_path).read_config()
 
 
@@ -78,3 +78,29 @@ def test_differences_are_found_at_any_depth_and_for_added_keys():
 def test_the_commit_is_a_hash_or_none():
     commit = code_commit()
     assert commit is None or len(commit.removesuffix("+changes")) == 40
+
+
+def test_a_config_that_no_longer_fits_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"train": {"stepz": 3}}')
+    with pytest.raises(UserError, match="config.json cannot be used: there is no setting 'train.stepz'"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_what_a_start_that_was_cut_off_leaves_is_no_obstacle(tmp_path):
+    for name in (".lock", "run.json", "code.diff"):
+        (tmp_path / name).write_text("")
+    RunFolder(tmp_path).check_new(TrainConfig())
+
+
+def test_a_file_is_no_run_folder(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="run is a file; choose another --run-dir"):
+        RunFolder(tmp_path / "run").check_new(TrainConfig())
+
+
+def test_the_last_number_of_workers_is_remembered(tmp_path):
+    assert RunFolder(tmp_path).last_num_workers() == 1
+    (tmp_path / "run.json").write_text('{"starts": [{"num_workers": 2}, {"num_workers": 4}]}')
+    assert RunFolder(tmp_path).last_num_workers() == 4
+    (tmp_path / "run.json").write_text('{"starts": [{}]}')
+    assert RunFolder(tmp_path).last_num_workers() == 1

@@ -1,7 +1,6 @@
 """From words on a command line to a checked run: a recipe or a TOML file, then `--section.name value`."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 from hardy.config import (
     ConfigError,
     Setting,
-    UserError,
     from_dict,
     keep_known,
     override,
@@ -68,33 +66,6 @@ def change(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         return from_dict(TrainConfig, override(base, changes))
     except ConfigError as error:
         raise ConfigError(_misplaced(changes, error) or str(error)) from None
-
-
-def read_run_config(run_dir: Path) -> TrainConfig:
-    """Return the configuration of the run in `run_dir`.
-
-    Raises:
-        UserError: there is no run, or its config.json does not parse.
-    """
-    path = run_dir / "config.json"
-    try:
-        return from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))
-    except OSError:
-        raise UserError(
-            f"there is no run in {run_dir} (no config.json); start one with `hardy train`"
-        ) from None
-    except (json.JSONDecodeError, ConfigError) as error:
-        raise UserError(f"{path} cannot be used: {error}") from None
-
-
-def last_num_workers(run_dir: Path) -> int:
-    """Return with how many workers the run in `run_dir` was started last; 1 where that is not known."""
-    try:
-        return int(
-            json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["starts"][-1]["num_workers"]
-        )
-    except (OSError, ValueError, KeyError, IndexError):
-        return 1
 
 
 def _from_file(path: Path) -> TrainConfig:

@@ -13,11 +13,12 @@ from hardy.cli.dry_run import show_plan
 from hardy.cli.environment import MEETING, cache_dir, world
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
-from hardy.cli.settings import change, last_num_workers, read_run_config, resolve, settings_text
+from hardy.cli.settings import change, resolve, settings_text
 from hardy.cli.stop import StopSignal
 from hardy.cli.workers import run_workers
 from hardy.config import UserError, parse_dotted
 from hardy.train.config import TrainConfig
+from hardy.train.folder import RunFolder
 from hardy.train.plan import World, plan_run
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def train_verb(arguments: argparse.Namespace) -> int:
         return failure.SUCCESS
     run_dir = arguments.run_dir or _next_run_dir(resolved.name, me)
     if me.rank == 0:
-        _check_new(run_dir)
+        RunFolder(run_dir).check_new(resolved.config)
         _check_source(resolved.config)
     if num_workers > me.size:
         words = ["train", arguments.target, "--run-dir", str(run_dir), *arguments.settings]
@@ -83,8 +84,8 @@ def train_verb(arguments: argparse.Namespace) -> int:
 def resume_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy resume`."""
     run_dir: Path = arguments.run_dir
-    config = change(read_run_config(run_dir), parse_dotted(arguments.settings))
-    me, num_workers = _workers(arguments, default=last_num_workers(run_dir))
+    config = change(RunFolder(run_dir).read_config(), parse_dotted(arguments.settings))
+    me, num_workers = _workers(arguments, default=RunFolder(run_dir).last_num_workers())
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
@@ -140,16 +141,6 @@ def _next_run_dir(name: str, me: World) -> Path:
         raise UserError("workers started by a launcher must agree on the run folder; give --run-dir")
     numbers = [path.name.removeprefix(f"{name}-") for path in RUNS.glob(f"{name}-*")]
     return RUNS / f"{name}-{max((int(number) for number in numbers if number.isdecimal()), default=0) + 1}"
-
-
-def _check_new(run_dir: Path) -> None:
-    """Refuse a folder that holds a run or anything else, before a second is spent on imports."""
-    if (run_dir / "config.json").exists():
-        raise UserError(
-            f"{run_dir} already holds a run; go on with `hardy resume {run_dir}` or choose another --run-dir"
-        )
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise UserError(f"{run_dir} is not empty and holds no run; choose another --run-dir")
 
 
 def _check_source(config: TrainConfig) -> None:

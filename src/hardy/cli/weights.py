@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from hardy.cli.failure import SUCCESS
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
-from hardy.cli.settings import read_run_config
 from hardy.config import UserError
+from hardy.train.folder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,7 +112,7 @@ def load_run(run_dir: Path, step: int | None) -> "tuple[nn.Module, Tokenizer]":
     Raises:
         UserError: there is no run, no such checkpoint, or it is damaged.
     """
-    config = read_run_config(run_dir)
+    config = RunFolder(run_dir).read_config()
     from hardy.data.tokenizer import load_tokenizer
     from hardy.model.build import build_model
     from hardy.train.storage import load_model_tensors

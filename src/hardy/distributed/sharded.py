@@ -143,22 +143,14 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
-def scale_gradients(parameters: Iterable[Tensor], factor: Tensor) -> None:
-    """Multiply all gradients in place by `factor` (0-d, on their device), without waiting for a GPU."""
+def clip_gradients(parameters: Iterable[Tensor], *, norm: Tensor, clip_norm: float) -> None:
+    """Scale all gradients in place so that their norm, now `norm`, is at most `clip_norm`.
+
+    As in torch, the factor is clip_norm / (norm + 1e-6) where that is below 1. Does not wait for a GPU.
+    """
+    factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in _gradients(parameters):
         _local(grad).mul_(factor)
-
-
-def clip_gradients(parameters: Iterable[Tensor], *, clip_norm: float | None) -> Tensor:
-    """Scale all gradients in place so that `grad_norm` is at most `clip_norm`; return what it was before.
-
-    None measures only. As in torch, the factor is clip_norm / (norm + 1e-6) where that is below 1.
-    """
-    parameters = list(parameters)
-    norm = grad_norm(parameters)
-    if clip_norm is not None:
-        scale_gradients(parameters, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

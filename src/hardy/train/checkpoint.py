@@ -22,6 +22,7 @@ from hardy.config import UserError
 from hardy.distributed.comm import Communicator, TorchComm
 from hardy.train import manifest
 from hardy.train.durable import FileRecord, sync_folder, write_json, write_tensors
+from hardy.train.folder import versions
 from hardy.train.manifest import INDEX, PLAIN, Checkpoint, read_document
 from hardy.train.peers import Peers
 from hardy.train.plain import encode
@@ -250,7 +251,7 @@ class CheckpointStore:
             score=job.score,
             world_size=self._peers.size,
             mesh=job.mesh,
-            versions=manifest.versions(),
+            versions=versions(),
             files=files,
         )
         manifest.write_manifest(checkpoint)

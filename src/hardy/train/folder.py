@@ -17,12 +17,12 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hardy.config import UserError, from_dict, to_dict
+from hardy.config import ConfigError, UserError, from_dict, to_dict
 from hardy.train.config import TrainConfig
-from hardy.train.manifest import versions
 
 
 class RunFolder:
@@ -56,8 +56,8 @@ class RunFolder:
                 ) from None
             yield
 
-    def create(self, config: TrainConfig, *, command: Sequence[str], num_workers: int = 1) -> None:
-        """Make the folder of a new run.
+    def check_new(self, config: TrainConfig) -> None:
+        """Refuse a folder in which no new run of `config` can begin.
 
         Raises:
             UserError: it holds a run already, or files that are none of ours.
@@ -79,8 +79,14 @@ class RunFolder:
                 f"on with that run by `hardy resume {self.path}`"
             )
         ours = {self.lock_file.name, self.run_file.name, "code.diff"}  # what a start that was cut off leaves
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file; choose another --run-dir")
         if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:
             raise UserError(f"{self.path} is not empty and holds no run; choose another --run-dir")
+
+    def create(self, config: TrainConfig, *, command: Sequence[str], num_workers: int = 1) -> None:
+        """Make the folder of a new run; refuses as `check_new` does."""
+        self.check_new(config)
         self.path.mkdir(parents=True, exist_ok=True)
         diff = code_diff()
         if diff:
@@ -102,7 +108,7 @@ class RunFolder:
                 "num_workers": num_workers,
                 "seed": config.train.seed,
                 "commit": code_commit(),
-                "versions": {"python": platform.python_version()} | versions(),
+                "versions": versions(),
                 "platform": platform.platform(),
             }
         )
@@ -116,12 +122,20 @@ class RunFolder:
         """
         try:
             return from_dict(TrainConfig, json.loads(self.config_file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        except OSError:
             raise UserError(
                 f"there is no run in {self.path} (no config.json); start one with `hardy train`"
             ) from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{self.config_file} is not valid JSON: {error}") from None
+        except (json.JSONDecodeError, ConfigError) as error:
+            raise UserError(f"{self.config_file} cannot be used: {error}") from None
+
+    def last_num_workers(self) -> int:
+        """Return with how many workers the run was started last; 1 where that is not known."""
+        try:
+            facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+            return int(facts["starts"][-1]["num_workers"])
+        except (OSError, ValueError, KeyError, IndexError):
+            return 1
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], *, path: str = "") -> Iterator[str]:
@@ -147,6 +161,17 @@ def replace_json(path: Path, value: Any) -> None:
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"{path} could not be written: {error.strerror}") from error
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, hardy and the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in ("hardy", "torch", "numpy", "safetensors", "tokenizers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def code_commit() -> str | None:

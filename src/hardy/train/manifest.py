@@ -13,11 +13,8 @@ import shutil
 from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from hardy.config import UserError
 from hardy.train.durable import FileRecord, checksum, record_of, write_json
@@ -63,17 +60,6 @@ def step_folder(step: int) -> str:
         'step-00000100'
     """
     return f"step-{step:08d}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of hardy and of the packages that decide a run's numbers."""
-    found: dict[str, str] = {}
-    for name in ("hardy", "numpy", "safetensors", "tokenizers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found | {"torch": str(torch.__version__)}
 
 
 def write_manifest(checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hardy.distributed.comm import Communicator
-from hardy.distributed.sharded import accumulating, grad_norm, scale_gradients
+from hardy.distributed.sharded import accumulating, clip_gradients, grad_norm
 from hardy.distributed.strategy import Strategy
 from hardy.ops.packed import PackedBatch
 from hardy.optim.build import set_learning_rate
@@ -94,7 +94,7 @@ def train_step(
     applied = math.isfinite(nll_total) and math.isfinite(norm_value)
     if applied:
         if worker.clip_norm is not None and norm_value > worker.clip_norm:
-            scale_gradients(parameters, worker.clip_norm / (norm + 1e-6))
+            clip_gradients(parameters, norm=norm, clip_norm=worker.clip_norm)
         set_learning_rate(worker.optimizer, lr)
         worker.optimizer.step()
     worker.strategy.after_step()
