@@ -12,16 +12,13 @@ those three from outside.
 import argparse
 import contextlib
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from circumstances import circumstances
 from plain import PlainLlama, plain_step
 
 from hardy.config import from_dict, override, to_dict
@@ -220,24 +217,6 @@ def measure(preset, options):
     if overheads:
         result["share_outside_parts"] = round(statistics.median(overheads), 4)
     return result | {"device": hardy.hardware.name}
-
-
-def circumstances():
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    dirty = subprocess.run(
-        [*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=False
-    ).stdout
-    return {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit + ("+changes" if dirty else ""),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-    }
 
 
 def main():

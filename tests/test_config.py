@@ -485,3 +485,35 @@ def test_a_limit_may_stand_in_any_annotation():
     assert (
         refused(lambda: Odd(number=6)) == "odd.number must be a whole number at least 1 and at most 5, got 6"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tow(Config):
+    """A variant with many names."""
+
+    any_name_like: ClassVar[str] = "tug.KIND"
+    name: str = "tug.small"
+    """Which tug."""
+    lines: int = 1
+    """How many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Barge(Config):
+    """Moved by one thing or another."""
+
+    drive: Steam | Tow = field(default_factory=Tow)
+    """How it moves."""
+
+
+def test_a_variant_may_be_chosen_by_any_name_of_a_kind():
+    assert from_dict(Barge, {"drive": {"name": "tug.large", "lines": 2}}).drive == Tow(
+        name="tug.large", lines=2
+    )
+    assert isinstance(from_dict(Barge, {"drive": {"name": "steam"}}).drive, Steam)
+    assert Tow.takes_name("tug.x") and not Tow.takes_name("tug.") and not Steam.takes_name("tug.x")
+
+
+def test_names_that_belong_to_no_variant_are_refused_with_the_pattern_shown():
+    with pytest.raises(ConfigError, match=r"no drive.name 'tog.large'.*tug.KIND"):
+        from_dict(Barge, {"drive": {"name": "tog.large"}})

@@ -7,6 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __all__ = [
+    "APOLLO",
+    "SMMF",
+    "APOLLOMini",
+    "AdaptiveAdamW",
     "Alone",
     "CheckpointStore",
     "Communicator",
@@ -20,6 +24,7 @@ __all__ = [
     "UserError",
     "Worker",
     "generate",
+    "make_optimizer",
     "prepare",
     "recipe",
     "train_step",
@@ -37,6 +42,11 @@ if TYPE_CHECKING:
     from hardy.model.decoder import Decoder as Decoder
     from hardy.model.generate import generate as generate
     from hardy.ops.packed import PackedBatch as PackedBatch
+    from hardy.optim.make import make_optimizer as make_optimizer
+    from hardy.optim.optimizers import APOLLO as APOLLO
+    from hardy.optim.optimizers import SMMF as SMMF
+    from hardy.optim.optimizers import AdaptiveAdamW as AdaptiveAdamW
+    from hardy.optim.optimizers import APOLLOMini as APOLLOMini
     from hardy.recipes.table import recipe as recipe
     from hardy.train.checkpoint import CheckpointStore as CheckpointStore
     from hardy.train.config import TrainConfig as TrainConfig
@@ -44,12 +54,16 @@ if TYPE_CHECKING:
     from hardy.train.step import train_step as train_step
 else:
     _HOME = {
+        "APOLLO": "hardy.optim.optimizers",
+        "APOLLOMini": "hardy.optim.optimizers",
+        "AdaptiveAdamW": "hardy.optim.optimizers",
         "Alone": "hardy.distributed.comm",
         "CheckpointStore": "hardy.train.checkpoint",
         "Communicator": "hardy.distributed.comm",
         "Decoder": "hardy.model.decoder",
         "PackStream": "hardy.data.stream",
         "PackedBatch": "hardy.ops.packed",
+        "SMMF": "hardy.optim.optimizers",
         "SimWorld": "hardy.distributed.simulation",
         "Strategy": "hardy.distributed.strategy",
         "Synchronous": "hardy.distributed.strategy",
@@ -57,6 +71,7 @@ else:
         "UserError": "hardy.config",
         "Worker": "hardy.train.step",
         "generate": "hardy.model.generate",
+        "make_optimizer": "hardy.optim.make",
         "prepare": "hardy.data.corpus",
         "recipe": "hardy.recipes.table",
         "train_step": "hardy.train.step",

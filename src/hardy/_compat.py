@@ -31,3 +31,25 @@ def varlen_attention() -> tuple[Callable[..., Any], bool]:
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, accepts(varlen_attn, "enable_gqa")
+
+
+def reduce_scatter_single() -> Callable[..., Any]:
+    """Return the reduce-scatter of one tensor, which torch 2.13 renamed. Goes with torch 2.12."""
+    import torch.distributed as dist
+
+    return getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_gather_single() -> Callable[..., Any]:
+    """Return the gather into one tensor, which torch 2.13 renamed. Goes with torch 2.12."""
+    import torch.distributed as dist
+
+    return getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def sync_buffers_option() -> str:
+    """Return what DDP calls the option to send buffers around in each forward pass. Goes with torch 2.12."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    new = "forward_sync_buffers"
+    return new if accepts(DistributedDataParallel.__init__, new) else "broadcast_buffers"

@@ -80,12 +80,21 @@ class Config:
     """
 
     section: ClassVar[str] = ""
+    any_name_like: ClassVar[str] = ""
+    """Of a variant that is chosen by many names: what they look like, such as "torch.optim.CLASS"; its `name`
+    is text, and every name that begins as this one does up to its last dot belongs to it."""
 
     def __post_init__(self) -> None:
         """Check every field; subclasses add checks between fields and call this first."""
         for field, hint in _hints(type(self)).items():
             checked = _convert(getattr(self, field), hint, _join(self.section, field))
             object.__setattr__(self, field, checked)
+
+    @classmethod
+    def takes_name(cls, name: str) -> bool:
+        """Whether this is the variant for `name`, one of many that look alike."""
+        stem = cls.any_name_like.rpartition(".")[0] + "."
+        return len(stem) > 1 and name.startswith(stem) and len(name) > len(stem)
 
 
 class Text(str):
@@ -321,12 +330,15 @@ def _variant(members: Iterable[Any], name: object) -> type[Config] | None:
     variants = [member for member in members if _is_config(member)]
     if len(variants) == 1:
         return variants[0]
-    return next((variant for variant in variants if _name_of(variant) == name), None)
+    exact = next((variant for variant in variants if _name_of(variant) == name), None)
+    if exact is not None:
+        return exact
+    return next((variant for variant in variants if variant.takes_name(str(name))), None)
 
 
 def _name_of(variant: type[Config]) -> str:
     """Return the name by which a variant of a choice is chosen."""
-    return str(_choices(_hints(variant)["name"])[0])
+    return variant.any_name_like or str(_choices(_hints(variant)["name"])[0])
 
 
 def _choices(member: Any) -> tuple[Any, ...]:

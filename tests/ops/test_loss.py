@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
@@ -16,8 +18,18 @@ def problem(dtype=torch.float64, *, tokens=13, hidden=6, vocab=11):
     return hidden_TD.requires_grad_(), weight_VD.requires_grad_(), labels_T
 
 
-def plain(hidden_TD, weight_VD, labels_T):
-    return cross_entropy(linear(hidden_TD, weight_VD), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+def plain(hidden_TD, weight_VD, labels_T, *, label_smoothing=0.0, z_loss=0.0):
+    logits_TV = linear(hidden_TD, weight_VD)
+    settings = {"ignore_index": IGNORED_LABEL, "reduction": "sum", "label_smoothing": label_smoothing}
+    drift_T = logits_TV.logsumexp(1).square()[labels_T != IGNORED_LABEL]
+    return cross_entropy(logits_TV, labels_T, **settings) + z_loss * drift_T.sum()
+
+
+TERMS = [
+    pytest.param({"label_smoothing": 0.1}, id="smoothing"),
+    pytest.param({"z_loss": 1e-2}, id="z"),
+    pytest.param({"label_smoothing": 0.3, "z_loss": 0.5}, id="both"),
+]
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 13, 100, None])
@@ -40,6 +52,62 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(
         lambda h, w: linear_cross_entropy_sum(h, w, labels_T, chunk_tokens=2), (hidden_TD, weight_VD)
     )
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 100])
+def test_further_terms_equal_the_plain_formula_and_its_gradients(terms, chunk_tokens):
+    hidden_TD, weight_VD, labels_T = problem()
+    expected = plain(hidden_TD, weight_VD, labels_T, **terms)
+    got = linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T, chunk_tokens=chunk_tokens, **terms)
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (hidden_TD, weight_VD)),
+        torch.autograd.grad(expected, (hidden_TD, weight_VD)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+    with torch.no_grad():
+        without = linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T, chunk_tokens=chunk_tokens, **terms)
+    torch.testing.assert_close(without, got.detach(), rtol=1e-15, atol=0)
+
+
+def test_terms_of_zero_are_the_plain_loss_bit_for_bit():
+    results = []
+    for terms in ({}, {"label_smoothing": 0.0, "z_loss": 0.0}):
+        hidden_TD, weight_VD, labels_T = problem(torch.float32)
+        total = linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T, chunk_tokens=4, **terms)
+        total.backward()
+        results.append((total.detach(), hidden_TD.grad, weight_VD.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradcheck_with_terms():
+    hidden_TD, weight_VD, labels_T = problem(tokens=5, hidden=3, vocab=4)
+    terms = {"label_smoothing": 0.2, "z_loss": 0.1}
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy_sum(h, w, labels_T, chunk_tokens=2, **terms), (hidden_TD, weight_VD)
+    )
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_further_terms_lose_no_more_than_the_plain_formula_in_single_precision(terms):
+    hidden_TD, weight_VD, labels_T = problem(torch.float32, tokens=400, hidden=32, vocab=50)
+    exact = plain(hidden_TD.double(), weight_VD.double(), labels_T, **terms)
+    naive = plain(hidden_TD, weight_VD, labels_T, **terms)
+    got = linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T, chunk_tokens=64, **terms)
+    lost, lost_by_naive = ((x.double() - exact).abs().item() for x in (got, naive))
+    assert lost <= 2 * lost_by_naive + 1e-6 * exact.item()
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_all_ignored_is_zero_with_terms_too(terms):
+    hidden_TD, weight_VD, labels_T = problem()
+    ignored_T = torch.full_like(labels_T, IGNORED_LABEL)
+    total = linear_cross_entropy_sum(hidden_TD, weight_VD, ignored_T, **terms)
+    total.backward()
+    assert total.item() == 0
+    assert not hidden_TD.grad.any() and not weight_VD.grad.any()
 
 
 def test_single_precision_stays_within_what_the_plain_loss_loses():
@@ -113,6 +181,41 @@ def test_no_more_than_one_chunk_of_logits_exists():
     with LargestResult() as largest:
         plain(hidden_TD, weight_VD, labels_T).backward()
     assert largest.elements == 96 * 200  # that the count sees what it should
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages made inside that are still alive, and remembers the largest sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage() not in self.known:
+            storage = result.untyped_storage()
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._let_go, storage.nbytes())
+        return result
+
+    def _let_go(self, num_bytes):
+        self.now -= num_bytes
+
+
+@pytest.mark.parametrize(("dtype", "chunks"), [(torch.float32, 3.5), (torch.bfloat16, 4.5)])
+def test_further_terms_take_no_memory_of_the_size_of_a_chunk(dtype, chunks):
+    def peak(**terms):
+        hidden_TD, weight_VD, labels_T = problem(torch.float32, tokens=96, hidden=4, vocab=2000)
+        with LiveBytes() as live, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T, chunk_tokens=32, **terms).backward()
+        return live.peak
+
+    chunk_bytes = 32 * 2000 * 4
+    assert (chunks - 1) * chunk_bytes < peak() < chunks * chunk_bytes
+    assert peak(label_smoothing=0.1, z_loss=1e-4) <= peak() + 32 * 8 * 4  # a few numbers per token
 
 
 def test_without_gradients_only_the_logits_are_multiplied():

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError, settings_of
-from hardy.optim.config import ScheduleConfig
-from hardy.optim.schedules import learning_rate
+from hardy.optim.config import PerfDecayConfig, ScheduleConfig
+from hardy.optim.perf_decay import PerfExpDecay
+from hardy.optim.schedules import FixedSchedule, build_schedule, learning_rate
 
 NAMES = ["constant", "linear", "cosine", "exponential", "wsd"]
 FALLING = [name for name in NAMES if name != "constant"]
@@ -98,4 +99,42 @@ def test_a_step_outside_the_run_is_refused(step):
 
 def test_these_tests_cover_every_schedule_of_the_config():
     (setting,) = (s for s in settings_of(ScheduleConfig) if s.path == "name")
-    assert setting.allowed == "one of " + ", ".join(NAMES)
+    assert setting.allowed == "one of " + ", ".join([*NAMES, "performance"])
+
+
+def test_performance_is_no_function_of_the_step():
+    with pytest.raises(ValueError, match="performance depends on the losses so far; use build_schedule"):
+        curve(10, name="performance")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fixed_schedule_is_the_function_and_hears_nothing(name):
+    config = ScheduleConfig(name=name, warmup_steps=3)
+    schedule = build_schedule(config, peak=2.0, total_steps=20)
+    assert isinstance(schedule, FixedSchedule)
+    for step in (7, 0, 19):
+        schedule.record(math.nan)
+        schedule.observe(5.0)
+        schedule.reset(at_step=9)
+        assert schedule.rate(step) == learning_rate(step, total_steps=20, peak=2.0, schedule=config)
+    assert schedule.state_dict() == {}
+    schedule.load_state_dict({"step": 3})
+
+
+def test_performance_is_built_with_its_settings():
+    settings = PerfDecayConfig(mode="time", final_slow=0.5)
+    schedule = build_schedule(
+        ScheduleConfig(name="performance", warmup_steps=4, performance=settings), peak=2.0, total_steps=8
+    )
+    assert isinstance(schedule, PerfExpDecay) and schedule.config is settings
+    rates = []
+    for step in range(8):
+        rates.append(schedule.rate(step))
+        schedule.record(1.0)
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0] + [2.0 * 0.5 ** (t / 4) for t in range(1, 5)])
+
+
+@pytest.mark.parametrize("name", ["cosine", "performance"])
+def test_a_warm_up_as_long_as_the_run_is_refused_when_it_is_built(name):
+    with pytest.raises(ConfigError, match=r"optim.schedule.warmup_steps=10 must be below train.steps=10"):
+        build_schedule(ScheduleConfig(name=name, warmup_steps=10), peak=1.0, total_steps=10)

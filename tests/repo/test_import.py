@@ -5,7 +5,16 @@ import sys
 
 import pytest
 
-OPTIONAL = ("wandb", "trackio", "tensorboard", "transformers", "datasets", "pyarrow")
+OPTIONAL = (
+    "wandb",
+    "trackio",
+    "tensorboard",
+    "transformers",
+    "datasets",
+    "pyarrow",
+    "accelerate",
+    "pytorch_lightning",
+)
 HEAVY = ("torch", "numpy", "matplotlib", "rich", *OPTIONAL)
 LIGHT_MODULES = [
     "hardy",
@@ -57,7 +66,8 @@ def test_every_module_imports_without_a_word():
         "skipped = {'hardy.__main__'}\n"
         "assert len(names) > 20\n"
         "for name in names:\n"
-        "    if name not in skipped: importlib.import_module(name)\n"
+        # Kernels are written in Triton's own language; their modules wait until the back end is chosen.
+        "    if name not in skipped and 'triton' not in name: importlib.import_module(name)\n"
         "import sys\n"
         f"print(*({set(OPTIONAL)!r} & set(sys.modules)), end='')"
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hardy.config import from_dict, override, to_dict
+from hardy.config import from_dict, keep_known, override, to_dict
 from hardy.data.corpus import prepare
 from hardy.train.config import TrainConfig
 
@@ -52,10 +52,9 @@ def make_config(text_folder):
     }
 
     def make(**dotted):
-        base = override(to_dict(TrainConfig()), changes)
-        return from_dict(
-            TrainConfig, override(base, {key.replace("__", "."): v for key, v in dotted.items()})
-        )
+        chosen = override({}, {key.replace("__", "."): value for key, value in dotted.items()})
+        base = keep_known(TrainConfig, override(to_dict(TrainConfig()), changes), chosen=chosen)
+        return from_dict(TrainConfig, override(base, chosen))
 
     return make
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hardy.config import UserError
+from hardy.config import UserError, from_dict, override, to_dict
 from hardy.train.hooks import Hook
 from hardy.train.metrics import read_metrics
 from hardy.train.run import Surroundings, resume, start
@@ -69,6 +69,59 @@ def test_a_stopped_run_goes_on_with_the_same_losses(whole, make_config, around, 
         0,
         4,
     ]
+
+
+ADAPTIVE = {
+    "optim__guard": {"history": "tensor", "history_warmup_steps": 1, "history_factor": 1.0},
+    "optim__schedule": {
+        "name": "performance",
+        "warmup_steps": 1,
+        "performance": {"interval_steps": 1, "target": 1},
+    },
+    "train__steps": 10,
+}
+
+
+def controlled(run_dir):
+    """What the guard and the schedule decided at each step."""
+    return [(r["step"], r["loss"], r["lr"], r["clipped"]) for r in read_metrics(run_dir / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("history", ["global", "tensor", "zscore"])
+def test_guard_and_schedule_go_on_as_they_were(make_config, around, tmp_path, history):
+    config = make_config(**ADAPTIVE | {"optim__guard__history": history})
+    start(config, tmp_path / "whole", around())
+    stopper = StopAt(4)
+    start(config, tmp_path / "run", around(stopper, stop_signal=lambda: stopper.number))
+    assert len(controlled(tmp_path / "run")) == 5
+    resume(tmp_path / "run", around())
+    assert controlled(tmp_path / "run") == controlled(tmp_path / "whole")
+    assert controlled(tmp_path / "run")[-1][3] > 0  # something was clipped, so history was there to be kept
+
+
+def test_a_lengthened_run_spreads_its_decay_over_the_new_steps(make_config, around, tmp_path):
+    timed = {"name": "performance", "warmup_steps": 1, "performance": {"mode": "time"}}
+    start(make_config(optim__schedule=timed), tmp_path / "run", around())
+    longer = make_config(optim__schedule=timed | {"performance": {"mode": "time", "final_slow": 0.2}})
+    longer = from_dict(type(longer), override(to_dict(longer), {"train.steps": 9}))
+    resume(tmp_path / "run", around(), config=longer)
+    rates = [rate for _, _, rate, _ in controlled(tmp_path / "run")]
+    assert rates[5] == pytest.approx(0.01 * 0.3)
+    assert rates[8] == pytest.approx(0.01 * 0.2)
+
+
+def test_a_guard_and_a_schedule_may_come_and_go_at_a_resume(make_config, around, tmp_path, caplog):
+    start(make_config(), tmp_path / "run", around())
+    caplog.set_level("INFO")
+    resume(tmp_path / "run", around(), config=make_config(**ADAPTIVE))
+    assert "optim.guard.history=tensor begins: the checkpoint has none" in caplog.text
+    rates = [rate for _, _, rate, _ in controlled(tmp_path / "run")]
+    assert rates[5] == pytest.approx(0.001) and rates[6] > 0.005  # the new schedule begins at its peak
+    other = make_config(**ADAPTIVE | {"optim__guard__history": "global", "train__steps": 12})
+    resume(tmp_path / "run", around(), config=other)
+    assert "optim.guard.history=global begins" in caplog.text
+    resume(tmp_path / "run", around(), config=make_config(train__steps=14))
+    assert len(controlled(tmp_path / "run")) == 14
 
 
 def test_a_run_without_checkpoint_starts_over(whole, make_config, around, tmp_path):

@@ -1,14 +1,19 @@
 """One optimizer step: exact under any split, silent about nothing, harmless on NaN."""
 
 import copy
+import math
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from hardy.distributed.comm import Alone
+from hardy.distributed.simulation import SimWorld
 from hardy.distributed.strategy import Strategy, Synchronous
 from hardy.ops.packed import IGNORED_LABEL, DocumentLayout, PackedBatch
+from hardy.optim.config import GuardConfig
+from hardy.optim.guard import GradGuard
 from hardy.train.step import Worker, train_step
 
 
@@ -40,8 +45,8 @@ def batch_of(tokens, *, num_ignored=0):
     )
 
 
-def worker_of(model, *, strategy=None, clip_norm=None, optimizer=None):
-    comm = Alone()
+def worker_of(model, *, strategy=None, clip_norm=None, optimizer=None, guard=None, comm=None):
+    comm = comm or Alone()
     return Worker(
         model=model,
         optimizer=optimizer or torch.optim.SGD(model.parameters(), lr=1.0),
@@ -49,7 +54,13 @@ def worker_of(model, *, strategy=None, clip_norm=None, optimizer=None):
         comm=comm,
         device=torch.device("cpu"),
         clip_norm=clip_norm,
+        guard=guard,
     )
+
+
+def guard_of(history, *, max_norm=None, num_tensors=1, warmup_steps=1, **settings):
+    config = GuardConfig(history=history, history_warmup_steps=warmup_steps, **settings)
+    return GradGuard(config, max_norm=max_norm, num_tensors=num_tensors)
 
 
 def step(worker, batches, *, lr=0.5, wants_stop=False):
@@ -111,7 +122,8 @@ def test_a_non_finite_step_changes_neither_weights_nor_optimizer(poison):
         model.table[0, 0] = poison
     poisoned = model.table.detach().clone()
     result = step(worker, [batch_of([0, 0, 1])])
-    assert not result.applied
+    assert not result.applied and not result.clipped
+    assert result.left_out_for == "NaN or Inf in the gradient of table"
     assert torch.equal(model.table.nan_to_num(7.0), poisoned.nan_to_num(7.0))
     assert all(torch.equal(state[0][k], optimizer.state_dict()["state"][0][k]) for k in state[0])
     assert model.table.grad is None
@@ -146,3 +158,145 @@ def test_the_learning_rate_and_the_wish_to_stop_get_through():
     assert torch.equal(model.table, before)
     assert result.stop_votes == 1
     assert result.busy_s > 0
+
+
+class Steep(nn.Module):
+    """A model whose loss is 1000 times as large."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch):
+        return 1000 * self.model(*batch)
+
+
+class Scaling(torch.optim.SGD):
+    """An optimizer that divides the gradients itself."""
+
+    told = None
+
+    def step(self, closure=None, *, grad_scale=None, found_inf=None):
+        self.told = grad_scale
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                with torch.no_grad():
+                    parameter -= group["lr"] * parameter.grad / (1 if grad_scale is None else grad_scale)
+
+
+@pytest.mark.parametrize("history", ["global", "zscore", "tensor"])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, Scaling])
+def test_a_guard_clips_by_its_history_whoever_scales(history, optimizer):
+    """Two steps of one batch, the second 1000 times as large: it moves the weights by what history allows."""
+    model = Toy()
+    guard = guard_of(history, history_factor=2.0, history_beta=0.9)
+    worker = worker_of(model, optimizer=optimizer(model.parameters(), lr=1.0), guard=guard)
+    first = step(worker, [batch_of([1, 2, 3])])
+    assert not first.clipped
+    before = model.table.detach().clone()
+    worker.model = Steep(model)
+    second = step(worker, [batch_of([1, 2, 3])], lr=1.0)
+    assert second.clipped and second.applied and second.grad_norm > 900 * first.grad_norm
+    allowed = (2.0 * first.grad_norm, first.grad_norm + 4 * (0.05 * first.grad_norm) ** 2 / second.grad_norm)
+    moved = (model.table - before).norm().item()
+    assert moved == pytest.approx(allowed[1] if history == "zscore" else allowed[0], rel=1e-3)
+
+
+def test_an_optimizer_that_scales_is_told_and_its_gradients_are_left_alone():
+    model = Toy()
+    optimizer = Scaling(model.parameters(), lr=1.0)
+    step(worker_of(model, optimizer=optimizer, guard=guard_of("global")), [batch_of([1, 2])])
+    assert optimizer.told is None  # nothing to clip, nothing to tell
+    other = Toy()
+    telling = Scaling(other.parameters(), lr=1.0)
+    before = other.table.detach().clone()
+    result = step(
+        worker_of(other, optimizer=telling, guard=guard_of("global", max_norm=1e-3)), [batch_of([1])]
+    )
+    assert result.clipped and telling.told.shape == () and telling.told.dtype == torch.float32
+    assert telling.told.item() == pytest.approx(result.grad_norm / 1e-3, rel=1e-6)
+    assert ((other.table - before).norm() / 0.5).item() == pytest.approx(1e-3, rel=1e-6)
+
+
+def test_a_guard_with_a_limit_alone_is_the_limit_of_before():
+    """Up to the 1e-6 that torch's clipping adds to the norm."""
+    plain, guarded = Toy(), Toy()
+    for worker in (
+        worker_of(plain, clip_norm=0.05),
+        worker_of(guarded, guard=guard_of("off", max_norm=0.05)),
+    ):
+        assert step(worker, [batch_of([1, 2, 3])]).clipped
+    moved = (plain.table - Toy().table).norm().item()
+    assert torch.allclose(plain.table, guarded.table, rtol=0, atol=2e-6 * moved / 0.05)
+
+
+@pytest.mark.parametrize("history", ["global", "tensor"])
+def test_a_step_that_the_guard_leaves_out_changes_nothing_but_its_counters(history):
+    model = Toy()
+    guard = guard_of(history, spike_skip=3.0)
+    worker = worker_of(model, optimizer=torch.optim.AdamW(model.parameters()), guard=guard)
+    small = step(worker, [batch_of([1, 2, 3])])
+    weights, state = model.table.detach().clone(), copy.deepcopy(worker.optimizer.state_dict()["state"])
+    averages = [value.clone() for key, value in guard.state_dict().items() if key.startswith("average")]
+    worker.model = Steep(model)
+    result = step(worker, [batch_of([1, 2, 3])])
+    assert result.grad_norm > 100 * small.grad_norm and not result.applied
+    assert re.search(r"a gradient norm of .*, a spike by optim.guard.spike_skip=3", result.left_out_for)
+    assert torch.equal(model.table, weights)
+    assert all(torch.equal(state[0][k], worker.optimizer.state_dict()["state"][0][k]) for k in state[0])
+    now = [value for key, value in guard.state_dict().items() if key.startswith("average")]
+    assert all(torch.equal(a, b) for a, b in zip(averages, now, strict=True))
+    assert guard.check().n_skipped == 1
+    worker.model = model
+    assert step(worker, [batch_of([1, 2, 3])]).applied
+
+
+def test_with_a_guard_a_bad_loss_with_good_gradients_is_a_step():
+    class Reported(nn.Module):
+        """The loss reads NaN; its gradient is right."""
+
+        def forward(self, *batch):
+            loss = model(*batch)
+            return loss + (math.nan - loss).detach()
+
+    model = Toy()
+    worker = worker_of(model, guard=guard_of("global"))
+    worker.model = Reported()
+    before = model.table.detach().clone()
+    result = step(worker, [batch_of([1, 2])])
+    assert result.applied and math.isnan(result.loss)
+    assert not torch.equal(model.table, before)
+    worker.guard = None
+    assert step(worker, [batch_of([1, 2])]).left_out_for.startswith(
+        "a loss of nan with a gradient norm of 0."
+    )
+
+
+def test_nan_on_one_worker_leaves_the_step_out_on_all_and_is_named():
+    def body(comm):
+        model = Toy()
+        guard = guard_of("global", max_norm=1.0)
+        worker = worker_of(model, guard=guard, comm=comm)
+        before = model.table.detach().clone()
+        if comm.rank == 1:
+            with torch.no_grad():
+                model.table[1, 0] = math.nan
+        result = step(worker, [batch_of([1, 2])])
+        return result.applied, result.left_out_for, torch.equal(model.table[2:], before[2:])
+
+    assert SimWorld(3).run(body) == [(False, "NaN or Inf in the gradient of table", True)] * 3
+
+
+@pytest.mark.parametrize("history", [None, "global", "tensor"])
+def test_a_step_waits_for_the_device_once(history, monkeypatch):
+    worker = worker_of(Toy(), clip_norm=0.1, guard=history and guard_of(history, max_norm=0.1))
+    batches, waits = [batch_of([1, 2]), batch_of([3])], []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda x, *a, name=name, real=real, **k: waits.append(name) or real(x, *a, **k),
+        )
+    assert step(worker, batches).clipped
+    assert waits == ["tolist"]

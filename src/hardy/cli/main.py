@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         module="imports", about="make a run folder of a Hugging Face Llama folder", takes_settings=True
     ),
+    "plan": Verb(module="plan", about="say how much memory a run would take", takes_settings=True),
     "data": Verb(module="data", about="look at what a run would read", takes_settings=True),
     "doctor": Verb(module="doctor", about="say what this machine can do and what is missing"),
     "version": Verb(module="doctor", about="print the version"),

@@ -1,7 +1,7 @@
 """From words on a command line to a checked run: a recipe or a TOML file, then `--section.name value`."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,19 +116,37 @@ def settings_text(recipes_only: bool = False) -> str:
     lines += ["", "settings, given as --section.name value; in a TOML file as [section] name = value:"]
     for setting in merged(settings_of(TrainConfig)):
         default = "required" if setting.default is dataclasses.MISSING else as_words(setting.default)
-        only = f" [{setting.when}]" if setting.when else ""
-        lines.append(f"  --{setting.path} ({setting.allowed}; default {default}){only}")
+        line = f"  --{setting.path} ({setting.allowed}; default {default})"
+        only = f"[{setting.when}]" if setting.when else ""
+        lines += [f"{line} {only}".rstrip()] if len(line + only) < 110 else [line, f"      {only}"]
         lines += [f"      {line}" for line in setting.doc.splitlines()]
     return "\n".join(lines)
 
 
-def merged(settings: Iterator[Setting]) -> list[Setting]:
-    """Return each setting once; one that all variants of a choice have alike loses its `when`."""
-    result: dict[tuple[str, str, str], Setting] = {}
+def merged(settings: Iterable[Setting]) -> list[Setting]:
+    """Return each setting once, with all choices that have it; none where every variant has it alike."""
+    settings = list(settings)
+    variants = list(dict.fromkeys(setting.when for setting in settings if setting.when))
+    same: dict[tuple[str, ...], list[Setting]] = {}
     for setting in settings:
-        key = (setting.path, setting.allowed, as_words(setting.default))
-        result[key] = dataclasses.replace(setting, when="") if key in result else setting
-    return list(result.values())
+        key = (setting.path, setting.allowed, as_words(setting.default), setting.doc)
+        same.setdefault(key, []).append(setting)
+    result: list[Setting] = []
+    for alike in same.values():
+        choice = alike[0].when.partition("=")[0]
+        among = [when for when in variants if when.partition("=")[0] == choice]
+        names = [setting.when.partition("=")[2] for setting in alike]
+        if choice == alike[0].path:  # the setting that chooses
+            if any(setting.path == choice for setting in result):
+                continue
+            every = ", ".join(variant.partition("=")[2] for variant in among)
+            alike, names = (
+                [dataclasses.replace(alike[0], allowed=f"one of {every}")],
+                [when for when in among],
+            )
+        when = "" if not choice or len(names) == len(among) else f"{choice}={', '.join(names)}"
+        result.append(dataclasses.replace(alike[0], when=when))
+    return result
 
 
 def as_words(value: Any) -> str:

@@ -8,7 +8,7 @@ pass a parameter's `grad` is whole under DDP and this worker's shard under FSDP2
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from hardy._compat import sync_buffers_option
 from hardy.config import ConfigError
 from hardy.distributed.comm import Communicator, TorchComm
 
@@ -63,7 +64,13 @@ def parallelize(
     if comm.size == 1 or not isinstance(comm, TorchComm):
         return model
     if shards == 1:
-        return DistributedDataParallel(model, process_group=comm.group, gradient_as_bucket_view=True)
+        # A parameter that is one element many times over (int8 weights have such) cannot be sent around; its
+        # buffers, like all weights here, are the same on every worker from the start.
+        virtual = any(0 in param.stride() for param in model.parameters() if param.numel() > 1)
+        options: dict[str, Any] = {"init_sync": False, sync_buffers_option(): False} if virtual else {}
+        return DistributedDataParallel(
+            model, process_group=comm.group, gradient_as_bucket_view=True, **options
+        )
     policy = MixedPrecisionPolicy()
     if precision == "bf16" and device_type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

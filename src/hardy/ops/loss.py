@@ -6,6 +6,7 @@ as soon as its logits are, so the forward pass computes it and lets them go; the
 Shape suffixes: T tokens, C tokens of one chunk, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,24 +21,36 @@ CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 
 
 def linear_cross_entropy_sum(
-    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, chunk_tokens: int | None = None
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return the summed negative log-likelihood of `labels_T` under softmax(hidden @ weight.T).
 
     Tokens whose label is `IGNORED_LABEL` count nothing and get a zero gradient. Under autocast the matrix
     products run in its dtype; the softmax and the sum are always in fp32 (float64 for float64 inputs).
 
+    With the two further terms a token's loss is (1 - e) nll + e mean over the vocabulary of -log p
+    + z logsumexp(logits)^2. They are worked into the chunk that is there anyway and take no memory of its
+    size; at 0 the same operations run as without them.
+
     Args:
         hidden_TD: last hidden states.
         weight_VD: weight of the output head, without bias.
         labels_T: what each token must predict, int64.
         chunk_tokens: tokens whose logits exist at once; None takes a size that suits the device.
+        label_smoothing: e, the share of the target that is spread evenly over the vocabulary.
+        z_loss: z, weight of the squared logsumexp, which keeps logits from drifting.
 
     Returns:
         The sum in nats, 0-d, fp32 (float64 for float64 inputs); 0 where every label is ignored.
 
     Raises:
-        ValueError: shapes disagree, or `chunk_tokens` is below 1.
+        ValueError: shapes disagree, `chunk_tokens` is below 1, or a term is out of range.
 
     Example:
         >>> zeros_TD, weight_VD = torch.zeros(2, 3), torch.ones(4, 3)
@@ -52,6 +65,11 @@ def linear_cross_entropy_sum(
         chunk_tokens = max(64, most // weight_VD.shape[0])
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    if not 0 <= label_smoothing < 1 or not 0 <= z_loss < math.inf:
+        raise ValueError(
+            f"label_smoothing must be at least 0 and below 1, z_loss at least 0, got {label_smoothing} and "
+            f"{z_loss}; 0 leaves a term out"
+        )
     device_type = hidden_TD.device.type
     dtype = hidden_TD.dtype
     if torch.is_autocast_enabled(device_type):
@@ -59,9 +77,15 @@ def linear_cross_entropy_sum(
     with torch.autocast(device_type, enabled=False):
         if torch.is_grad_enabled() and (hidden_TD.requires_grad or weight_VD.requires_grad):
             apply = cast("Callable[..., Tensor]", _LinearCrossEntropySum.apply)  # pyright: ignore[reportUnknownMemberType]  # untyped in torch
-            return apply(hidden_TD, weight_VD, labels_T, chunk_tokens, dtype)
+            return apply(hidden_TD, weight_VD, labels_T, chunk_tokens, dtype, (label_smoothing, z_loss))
         return _sum_and_grads(
-            hidden_TD, weight_VD, labels_T, chunk_tokens=chunk_tokens, dtype=dtype, wanted=(False, False)
+            hidden_TD,
+            weight_VD,
+            labels_T,
+            chunk_tokens=chunk_tokens,
+            dtype=dtype,
+            terms=(label_smoothing, z_loss),
+            wanted=(False, False),
         )[0]
 
 
@@ -76,6 +100,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         labels_T: Tensor,
         chunk_tokens: int,
         dtype: torch.dtype,
+        terms: tuple[float, float],
     ) -> Tensor:
         total, *grads = _sum_and_grads(
             hidden_TD,
@@ -83,6 +108,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             labels_T,
             chunk_tokens=chunk_tokens,
             dtype=dtype,
+            terms=terms,
             wanted=ctx.needs_input_grad[:2],
         )
         ctx.save_for_backward(*grads)
@@ -93,7 +119,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # `once_differentiable` makes it positional
         (grad_total,) = grad_outputs
         grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *grads, None, None, None
+        return *grads, None, None, None, None
 
 
 def _sum_and_grads(
@@ -103,9 +129,14 @@ def _sum_and_grads(
     *,
     chunk_tokens: int,
     dtype: torch.dtype,
+    terms: tuple[float, float],
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the sum and, where `wanted`, its gradients by the hidden states and by the weight."""
+    """Return the sum and, where `wanted`, its gradients by the hidden states and by the weight.
+
+    `terms` are the label smoothing and the z-loss.
+    """
+    label_smoothing, z_loss = terms
     exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=exact, device=hidden_TD.device)
     grad_hidden_TD = torch.empty_like(hidden_TD) if wanted[0] else None
@@ -117,11 +148,20 @@ def _sum_and_grads(
     for start in range(0, hidden_TD.shape[0], chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         hidden_CD, index_C1 = hidden_TD.detach()[chunk].to(dtype), index_T1[chunk]
-        scores_CV = torch.log_softmax(hidden_CD @ head_VD.T, dim=-1, dtype=exact)
-        total -= scores_CV.gather(1, index_C1).masked_fill_(ignored_T1[chunk], 0).sum()
+        logits_CV = hidden_CD @ head_VD.T
+        scores_CV = torch.log_softmax(logits_CV, dim=-1, dtype=exact)
+        picked_C1 = scores_CV.gather(1, index_C1)
+        lse_C1 = logits_CV.gather(1, index_C1) - picked_C1 if z_loss else None
+        del logits_CV  # before the next tensor of its size
+        total += _losses(scores_CV, picked_C1, lse_C1, terms=terms).masked_fill_(ignored_T1[chunk], 0).sum()
         if not any(wanted):
             continue
-        slope_CV = scores_CV.exp_().scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=exact))
+        slope_CV = scores_CV.exp_()
+        if lse_C1 is not None:
+            slope_CV *= 1 + 2 * z_loss * lse_C1
+        if label_smoothing:
+            slope_CV -= label_smoothing / slope_CV.shape[1]
+        slope_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, label_smoothing - 1, dtype=exact))
         slope_CV = slope_CV.to(dtype)
         # The slope of an ignored token is not zeroed: the two products it enters are narrower than it is.
         if some_ignored:
@@ -135,6 +175,17 @@ def _sum_and_grads(
     if grad_hidden_TD is not None and some_ignored:
         grad_hidden_TD.mul_(~ignored_T1)
     return total, grad_hidden_TD, None if grad_weight_VD is None else grad_weight_VD.to(weight_VD.dtype)
+
+
+def _losses(
+    scores_CV: Tensor, picked_C1: Tensor, lse_C1: Tensor | None, *, terms: tuple[float, float]
+) -> Tensor:
+    """Return each token's loss, [C, 1], in memory of its own."""
+    label_smoothing, z_loss = terms
+    losses_C1 = -picked_C1
+    if label_smoothing:
+        losses_C1 = (1 - label_smoothing) * losses_C1 - label_smoothing * scores_CV.mean(1, keepdim=True)
+    return losses_C1 if lse_C1 is None else losses_C1 + z_loss * lse_C1.square()
 
 
 def _product_into(result_CD: Tensor, slope_CV: Tensor, head_VD: Tensor) -> None:

@@ -1,27 +1,28 @@
 """What the low-memory optimizers ask of a machine: five sweeps over plain local tensors, and who does them.
 
 A sweep takes a list of tasks, one per tensor (or per expert of a stack), and writes in place; no sweep talks
-to other workers, waits for a device, or keeps anything. Three back ends do the same work: `updates_eager` (torch
-operations in chunks, the reference, runs everywhere), `updates_native` (C++ for CPUs, compiled on first use)
-and `updates_triton` (CUDA). `optim` decides what is swept and what the numbers in between mean.
+to other workers, waits for a device, or keeps anything. Three back ends do the same work: `updates_eager`
+(torch operations in chunks, the reference, runs everywhere), `updates_native` (C++ for CPUs, compiled on
+first use) and `updates_triton` (CUDA). `optim` decides what is swept and what the numbers in between mean.
 
 Letters: tensors of a task are 2-D views of what this worker holds, `[rows, cols]`, the last axis contiguous.
 K contracted length, C channels, R rank. All numbers a sweep needs stand in small tensors on the device of the
 parameter, in the compute dtype: fp64 for fp64 parameters, else fp32.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from importlib.util import find_spec
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError
+from hardy.config import unknown_name
 
 Axis = Literal["rows", "cols"]
-BackendName = Literal["auto", "foreach", "native", "triton"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,8 +99,8 @@ class MomentTask:
 class ScaleTask:
     """APOLLO's second sweep: param = keep * param - factor * grad.
 
-    `factor` is [rows], [cols] or [1], as `along` says. Where the factor is 0 the gradient is not looked at, so
-    a NaN there does no harm.
+    `factor` is [rows], [cols] or [1], as `along` says. Where the factor is 0 the gradient is not looked at,
+    so a NaN there does no harm.
     """
 
     param: Tensor
@@ -116,8 +117,10 @@ class SweepTask:
     """SMMF's only sweep, paper 2412.08894 (specification 3.2). Element k of the whole tensor, i = k // width,
     j = k % width, with `width` the columns of the square-ish matrix:
 
-        g = grad * inverse_scale (+ l2 * param);  m = beta1 s row_m[i] col_m[j] + (1 - beta1) g,  s = +-1 by sign
-        v = beta2 row_v[i] col_v[j] + (1 - beta2) g g;  u = m / (sqrt(v) + eps), clamped to +-max_update
+        g = grad * inverse_scale (+ l2 * param)
+        m = beta1 s row_m[i] col_m[j] + (1 - beta1) g, where s is +1 or -1 by the sign bit
+        v = beta2 row_v[i] col_v[j] + (1 - beta2) g g
+        u = m / (sqrt(v) + eps), clamped to +-max_update
         param = keep * param - lr * u;  sign = m > 0;  sums of |m| and v by i and by j, and of g g, are taken
 
     With `skip_zeros`, an element whose `grad` is exactly 0 has u = 0 (its sign and sums as above). Without
@@ -148,7 +151,8 @@ class AdamTask:
     """AdamW's sweep: g = grad * inverse_scale (+ l2 * param), moments, then
     param = keep * param - step_size * m / (sqrt(v) * root_scale + eps).
 
-    step_size = lr / (1 - beta1^t), root_scale = 1 / sqrt(1 - beta2^t). Where `active` is 0 nothing is written.
+    step_size = lr / (1 - beta1^t), root_scale = 1 / sqrt(1 - beta2^t). Where `active` is 0 nothing is
+    written.
     """
 
     param: Tensor
@@ -182,3 +186,51 @@ class Backend(Protocol):
     def adam(self, tasks: Sequence[AdamTask]) -> None:
         """Do AdamW's sweep."""
         ...
+
+    def fill_normals(self, out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
+        """Write the normal numbers of flat indices from `start` on (`ops/philox.py`) into `out`."""
+        ...
+
+    def fill_signs(self, out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
+        """Write the random signs of a flat range into `out`."""
+        ...
+
+
+BACKENDS: dict[str, str] = {
+    "foreach": "hardy.ops.updates_eager",
+    "native": "hardy.ops.updates_native",
+    "triton": "hardy.ops.updates_triton",
+}
+"""Modules by name of the back end; imported when chosen."""
+
+
+def choose_backend(name: str, device: torch.device) -> Backend:
+    """Return the back end for tensors on `device`; "auto" is the fastest that can run there.
+
+    Raises:
+        ValueError: there is no such back end, or it cannot run here.
+    """
+    return _backend(name, device.type)
+
+
+@functools.cache
+def _backend(name: str, device_type: str) -> Backend:
+    if name == "auto":
+        name = "foreach"
+        if device_type == "cuda" and find_spec("triton") is not None:
+            name = "triton"
+        elif device_type == "cpu" and import_module(BACKENDS["native"]).available():
+            name = "native"
+    if name not in BACKENDS:
+        raise ValueError(unknown_name(name, "back end of optimizers", [*BACKENDS, "auto"]))
+    wanted = {"native": "cpu", "triton": "cuda"}.get(name, device_type)
+    if wanted != device_type:
+        raise ValueError(
+            f"backend={name!r} runs on {wanted}, the parameters are on {device_type}; use 'auto'"
+        )
+    if name == "triton" and find_spec("triton") is None:
+        raise ValueError("backend='triton' needs the triton package; use 'auto', or 'foreach'")
+    module = import_module(BACKENDS[name])
+    if name == "native" and not module.available():
+        raise ValueError("backend='native' needs a C++ compiler (g++ or clang++) on this machine; use 'auto'")
+    return cast(Backend, module)

@@ -1,5 +1,7 @@
-"""From settings to an optimizer: the table, and the fastest implementation that fits the parameters."""
+"""From settings to an optimizer: the table of builders by `optim.name`."""
 
+import ast
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +9,31 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hardy.optim.config import AdamWConfig, OptimizerConfig, SGDConfig
+from hardy.config import ConfigError
+from hardy.optim._sharded import is_sharded
+from hardy.optim.config import (
+    AdafactorConfig,
+    AdamWConfig,
+    AdaptiveAdamWConfig,
+    APOLLOConfig,
+    APOLLOMiniConfig,
+    MuonConfig,
+    OptimizerConfig,
+    QAPOLLOConfig,
+    RuleConfig,
+    SGDConfig,
+    SharedConfig,
+    SMMFConfig,
+    TorchConfig,
+)
+from hardy.optim.make import make_optimizer
 from hardy.optim.param_groups import parameter_groups
 
 Groups = list[dict[str, Any]]
+OwnConfig = AdaptiveAdamWConfig | APOLLOConfig | APOLLOMiniConfig | QAPOLLOConfig | SMMFConfig
+
+_NOT_SETTINGS = frozenset({"params", "param_names", "initial_lr", "calls", "kind", "role"})
+"""Keys of a group that say what it holds or has done, not how it is trained."""
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
@@ -18,12 +41,14 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
 
     Call it after `fully_shard`, which replaces the parameters. Groups carry `param_names`.
 
+    Raises:
+        ConfigError: the optimizer cannot train this model, or does not know a setting.
+
     Example:
         >>> build_optimizer(AdamWConfig(lr=0.01), nn.Linear(2, 2)).param_groups[0]["param_names"]
         ['weight']
     """
-    groups = parameter_groups(model.named_parameters(), weight_decay=config.weight_decay)
-    return OPTIMIZERS[config.name](config, groups)
+    return OPTIMIZERS.get(config.name, _by_path)(config, model)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
@@ -36,8 +61,11 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return each group's settings, those that the optimizer's constructor takes."""
-    return [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
+    """Return each group's settings."""
+    return [
+        {key: value for key, value in group.items() if key not in _NOT_SETTINGS}
+        for group in optimizer.param_groups
+    ]
 
 
 def set_hyperparameters(optimizer: Optimizer, settings: list[dict[str, Any]]) -> None:
@@ -46,7 +74,8 @@ def set_hyperparameters(optimizer: Optimizer, settings: list[dict[str, Any]]) ->
         group.update(values)
 
 
-def _adamw(config: AdamWConfig, groups: Groups) -> Optimizer:
+def _adamw(config: AdamWConfig, model: nn.Module) -> Optimizer:
+    groups = parameter_groups(model.named_parameters(), weight_decay=config.weight_decay)
     fused = _devices(groups) <= {"cpu", "cuda"}
     return torch.optim.AdamW(
         groups,
@@ -58,7 +87,8 @@ def _adamw(config: AdamWConfig, groups: Groups) -> Optimizer:
     )
 
 
-def _sgd(config: SGDConfig, groups: Groups) -> Optimizer:
+def _sgd(config: SGDConfig, model: nn.Module) -> Optimizer:
+    groups = parameter_groups(model.named_parameters(), weight_decay=config.weight_decay)
     return torch.optim.SGD(
         groups,
         lr=config.lr,
@@ -70,8 +100,89 @@ def _sgd(config: SGDConfig, groups: Groups) -> Optimizer:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Any, Groups], Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
-"""Builders by `optim.name`; each takes its own config and the parameter groups."""
+def _by_rule(config: OwnConfig, model: nn.Module) -> Optimizer:
+    """Build one of hardy's own; settings left at their defaults are not forced on groups of other kinds."""
+    settings = _changed(config)
+    if settings.pop("release", False):
+        settings["nonfinite"] = "skip"  # nobody looks at the whole gradient before it is used
+    if isinstance(config, QAPOLLOConfig):
+        settings.pop("group_columns", None)
+        if config.rank > 1:
+            settings |= {"scale_type": "channel", "scale": config.scale or 1.0}
+    if not isinstance(config, SMMFConfig) and settings.keys() & {"beta1", "beta2"}:
+        settings = {key: value for key, value in settings.items() if key not in ("beta1", "beta2")}
+        settings["betas"] = (config.beta1, config.beta2)
+    return make_optimizer(model, config.name, lr=config.lr, weight_decay=config.weight_decay, **settings)
+
+
+def _muon(config: MuonConfig, model: nn.Module) -> Optimizer:
+    _refuse_shards(config.name, model)
+    return make_optimizer(
+        model,
+        "muon",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
+def _adafactor(config: AdafactorConfig, model: nn.Module) -> Optimizer:
+    _refuse_shards(config.name, model)
+    return make_optimizer(
+        model,
+        "adafactor",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        beta2_decay=config.beta2_decay,
+    )
+
+
+def _by_path(config: TorchConfig, model: nn.Module) -> Optimizer:
+    arguments: dict[str, Any] = {}
+    for text in config.arguments:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"optim.arguments must be name=value pairs, got {text!r}")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return make_optimizer(model, config.name, lr=config.lr, weight_decay=config.weight_decay, **arguments)
+
+
+OPTIMIZERS: dict[str, Callable[[Any, nn.Module], Optimizer]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "adaptive_adamw": _by_rule,
+    "apollo": _by_rule,
+    "apollo_mini": _by_rule,
+    "qapollo": _by_rule,
+    "smmf": _by_rule,
+    "muon": _muon,
+    "adafactor": _adafactor,
+}
+"""Builders by `optim.name`; each takes its own config and the model. Dotted names go to `_by_path`."""
+
+
+def _changed(config: RuleConfig) -> dict[str, Any]:
+    """Return the settings of the rule that differ from their defaults."""
+    shared = {field.name for field in dataclasses.fields(SharedConfig)} | {"name", "lr"}
+    fields = [field for field in dataclasses.fields(config) if field.name not in shared]
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields
+        if getattr(config, field.name) != field.default
+    }
+
+
+def _refuse_shards(name: str, model: nn.Module) -> None:
+    """Refuse to train shards by a rule that needs whole matrices."""
+    if any(is_sharded(param) for param in model.parameters()):
+        raise ConfigError(
+            f"optim.name={name} needs whole matrices, and strategy.mesh.shards splits them; set it to 1, "
+            f"or use apollo, apollo_mini, smmf or adamw"
+        )
 
 
 def _devices(groups: Groups) -> set[str]:

@@ -1,9 +1,91 @@
-"""Learning rate as a pure function of the step: linear warm-up, then one of five shapes."""
+"""Learning rate as a pure function of the step: linear warm-up, then one of five shapes.
+
+The sixth choice, `performance`, follows the loss and lives in `perf_decay`; `build_schedule` gives both kinds
+one face.
+"""
 
 import math
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from hardy.config import ConfigError
 from hardy.optim.config import ScheduleConfig
+from hardy.optim.perf_decay import PerfExpDecay
+
+
+class Schedule(Protocol):
+    """What a training loop asks for its learning rate, and tells what came of it."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of `step`, counted from 0."""
+        ...
+
+    def record(self, loss: float) -> None:
+        """End a step, skipped or not, with the loss of its global batch."""
+        ...
+
+    def observe(self, value: float) -> None:
+        """Take note of a validation loss."""
+        ...
+
+    def reset(self, *, at_step: int = 0) -> None:
+        """Forget what was recorded; the coming step is `at_step`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedSchedule:
+    """A schedule known in advance: `learning_rate` with its arguments. It has no state and hears nothing."""
+
+    config: ScheduleConfig
+    peak: float
+    total_steps: int
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of `step`."""
+        return learning_rate(step, total_steps=self.total_steps, peak=self.peak, schedule=self.config)
+
+    def record(self, loss: float) -> None:
+        """Do nothing."""
+
+    def observe(self, value: float) -> None:
+        """Do nothing."""
+
+    def reset(self, *, at_step: int = 0) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing."""
+
+
+def build_schedule(config: ScheduleConfig, *, peak: float, total_steps: int) -> Schedule:
+    """Return the schedule that `config` names.
+
+    Example:
+        >>> build_schedule(ScheduleConfig(name="constant", warmup_steps=0), peak=0.5, total_steps=9).rate(8)
+        0.5
+
+    Raises:
+        ConfigError: the warm-up is as long as the run or longer.
+    """
+    check_warmup(config.warmup_steps, total_steps=total_steps)
+    if config.name != "performance":
+        return FixedSchedule(config=config, peak=peak, total_steps=total_steps)
+    return PerfExpDecay(
+        config.performance, peak=peak, total_steps=total_steps, warmup_steps=config.warmup_steps
+    )
 
 
 def learning_rate(step: int, *, total_steps: int, peak: float, schedule: ScheduleConfig) -> float:
@@ -21,8 +103,11 @@ def learning_rate(step: int, *, total_steps: int, peak: float, schedule: Schedul
 
     Raises:
         ConfigError: the warm-up is as long as the run or longer.
+        ValueError: the step is not one of the run's, or the schedule is `performance`.
     """
     check_warmup(schedule.warmup_steps, total_steps=total_steps)
+    if schedule.name == "performance":
+        raise ValueError("the schedule performance depends on the losses so far; use build_schedule")
     if not 0 <= step < total_steps:
         raise ValueError(f"step must be from 0 to {total_steps - 1}, got {step}")
     start, last = schedule.warmup_steps, total_steps - 1

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from hardy.config import ConfigError, unknown_name
-from hardy.recipes import pretrain, small
+from hardy.recipes import adaptive, pretrain, small
 from hardy.train.config import TrainConfig
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny": small.tiny,
     "demo": small.demo,
+    "adaptive": adaptive.adaptive,
     "pretrain_60m": pretrain.pretrain_60m,
     "pretrain_350m": pretrain.pretrain_350m,
     "pretrain_1b": pretrain.pretrain_1b,

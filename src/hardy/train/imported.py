@@ -11,7 +11,7 @@ from hardy.train.config import TrainConfig
 from hardy.train.device import choose_hardware
 from hardy.train.folder import RunFolder
 from hardy.train.loop import Progress
-from hardy.train.run import Surroundings, prepare_once, split_state
+from hardy.train.run import Surroundings, prepare_once, state_of_parts
 from hardy.train.setup import assemble
 
 
@@ -39,8 +39,8 @@ def start_from(
         try:
             corpus.tokenizer.save(folder.tokenizer)
             store = CheckpointStore(folder.checkpoints, comm, keep_last=1, keep_best=0, asynchronous=False)
-            tensors, plain = split_state(worker.strategy.state_dict())
-            state = {"progress": Progress().state_dict(), "identity": assembly.identity, "strategy": plain}
+            tensors, plain = state_of_parts(assembly.parts())
+            state = {"progress": Progress().state_dict(), "identity": assembly.identity, **plain}
             store.save(0, worker.model, worker.optimizer, state, extra=tensors)
             store.wait()
         except BaseException:

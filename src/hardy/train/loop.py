@@ -10,8 +10,7 @@ from typing import Any
 
 from hardy.data.stream import PackStream
 from hardy.ops.packed import PackedBatch
-from hardy.optim.config import ScheduleConfig
-from hardy.optim.schedules import learning_rate
+from hardy.optim.schedules import Schedule
 from hardy.train.config import LoopConfig
 from hardy.train.evaluate import evaluate
 from hardy.train.metrics import SmoothedLoss
@@ -31,8 +30,10 @@ class Progress:
     tokens: int = 0
     """Tokens seen by all workers."""
     skipped: int = 0
-    """Steps left out because a loss or gradient was not finite."""
+    """Steps left out because a loss or gradient was not finite, or a spike."""
     skipped_in_a_row: int = 0
+    clipped: int = 0
+    """Steps whose gradients were made smaller."""
     first_loss: float = math.nan
     last_loss: float = math.nan
     validation_loss: float | None = None
@@ -83,16 +84,12 @@ class Plan:
     """The settings of the loop, resolved."""
 
     loop: LoopConfig
-    peak_lr: float
-    schedule: ScheduleConfig
+    schedule: Schedule
+    """Gives the learning rate; told each loss, and the only thing here that may change."""
     batches: Batches
     validation: PackStream | None
     validation_packs: int
     checkpoint_every_steps: int
-
-    def lr_at(self, step: int) -> float:
-        """Return the learning rate of step `step` (from 0)."""
-        return learning_rate(step, total_steps=self.loop.steps, peak=self.peak_lr, schedule=self.schedule)
 
 
 def run_loop(
@@ -121,11 +118,11 @@ def run_loop(
         RunFailedError: too many non-finite steps in a row, or the loss diverged.
     """
     while progress.step < plan.loop.steps:
-        line, asked_to_stop = _step_and_evaluate(worker, plan, progress, wants_stop=stop())
+        line, result = _step_and_evaluate(worker, plan, progress, wants_stop=stop())
         record(line)
-        _check_health(progress, plan.loop)
+        _check_health(progress, plan.loop, left_out_for=result.left_out_for)
         is_last = progress.step == plan.loop.steps
-        if asked_to_stop and not is_last:
+        if result.stop_votes and not is_last:
             save(progress)
             return False
         if is_last or progress.step % plan.checkpoint_every_steps == 0:
@@ -135,14 +132,15 @@ def run_loop(
 
 def _step_and_evaluate(
     worker: Worker, plan: Plan, progress: Progress, *, wants_stop: bool
-) -> tuple[dict[str, Any], bool]:
-    """Make a step, and evaluate when it is time; return the record, and whether any worker asked to stop."""
+) -> tuple[dict[str, Any], StepResult]:
+    """Make a step, and evaluate when it is time; return the record and what the step did."""
     clock = worker.comm.clock
     started_s = clock.now()
-    lr = plan.lr_at(progress.step)
+    lr = plan.schedule.rate(progress.step)
     micro_batches = plan.batches.at(progress.step, worker)
     num_targets = plan.batches.num_targets(progress.step)
     result = train_step(worker, micro_batches, num_targets=num_targets, lr=lr, wants_stop=wants_stop)
+    plan.schedule.record(result.loss)
     _advance(progress, result, num_tokens=num_targets)
     stepped_s = clock.now()
     is_last = progress.step == plan.loop.steps
@@ -155,22 +153,25 @@ def _step_and_evaluate(
         "step_time_s": stepped_s - started_s,
         "busy_time_s": result.busy_s,
         "skipped": progress.skipped,
+        "clipped": progress.clipped,
     }
     if plan.validation and (is_last or progress.step % plan.loop.evaluate_every_steps == 0):
         progress.validation_loss = evaluate(
             worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
         )
+        plan.schedule.observe(progress.validation_loss)
         line |= {
             "validation_loss": progress.validation_loss,
             "validation_time_s": clock.now() - stepped_s,
         }
-    return line, result.stop_votes > 0
+    return line, result
 
 
 def _advance(progress: Progress, result: StepResult, *, num_tokens: int) -> None:
     """Take one step's result into `progress`."""
     progress.step += 1
     progress.tokens += num_tokens
+    progress.clipped += result.clipped
     progress.last_loss = result.loss
     if math.isnan(progress.first_loss):
         progress.first_loss = result.loss
@@ -182,13 +183,13 @@ def _advance(progress: Progress, result: StepResult, *, num_tokens: int) -> None
         progress.skipped_in_a_row += 1
 
 
-def _check_health(progress: Progress, loop: LoopConfig) -> None:
+def _check_health(progress: Progress, loop: LoopConfig, *, left_out_for: str) -> None:
     """Stop a run that only wastes time."""
     if progress.skipped_in_a_row > loop.max_nonfinite_steps:
         raise RunFailedError(
-            f"the loss or a gradient was not finite in {progress.skipped_in_a_row} steps in a row, up to "
-            f"step {progress.step} (train.max_nonfinite_steps={loop.max_nonfinite_steps}); lower optim.lr, "
-            f"raise optim.schedule.warmup_steps, or look at the data"
+            f"{progress.skipped_in_a_row} steps in a row were left out, up to step {progress.step} "
+            f"(train.max_nonfinite_steps={loop.max_nonfinite_steps}), the last for {left_out_for}; lower "
+            f"optim.lr, raise optim.schedule.warmup_steps, or look at the data"
         )
     rise = progress.smoothed.value - progress.smoothed.best
     if loop.max_loss_rise is not None and rise > loop.max_loss_rise:

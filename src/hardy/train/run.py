@@ -25,7 +25,7 @@ from hardy.train.hooks import Hook, RunFacts, Summary
 from hardy.train.loop import Progress, run_loop
 from hardy.train.metrics import MetricsFile
 from hardy.train.plan import World
-from hardy.train.setup import Assembly, assemble, check_identity
+from hardy.train.setup import Assembly, Stateful, assemble, check_identity
 
 logger = logging.getLogger(__name__)
 
@@ -203,12 +203,12 @@ def _loop(
                 hook.on_step(line)
 
     def save(now: Progress) -> None:
-        tensors, plain = split_state(worker.strategy.state_dict())
+        tensors, plain = state_of_parts(assembly.parts())
         store.save(
             now.step,
             worker.model,
             worker.optimizer,
-            {"progress": now.state_dict(), "identity": assembly.identity, "strategy": plain},
+            {"progress": now.state_dict(), "identity": assembly.identity, **plain},
             score=now.validation_loss,
             extra=tensors,
         )
@@ -247,13 +247,21 @@ def load_newest(store: CheckpointStore, assembly: Assembly, folder: RunFolder) -
         return progress
     plain = store.read_plain(checkpoint)
     check_identity(plain["identity"], assembly.identity, run_dir=str(folder.path))
-    worker = assembly.worker
-    tensors, _ = split_state(worker.strategy.state_dict())
+    worker, parts = assembly.worker, assembly.parts()
+    progress.load_state_dict(plain["progress"])
+    if not plain.get("schedule"):  # one without state, so not the one at hand if that has any
+        assembly.plan.schedule.reset(at_step=progress.step)
+        del parts["schedule"]
+    if worker.guard is not None and plain.get("guard") != {"history": worker.guard.history}:
+        logger.info("optim.guard.history=%s begins: the checkpoint has none", worker.guard.history)
+        del parts["guard"]
+    tensors, _ = state_of_parts(parts)
     settings = hyperparameters(worker.optimizer)
     store.load(checkpoint, worker.model, worker.optimizer, extra=tensors)
     set_hyperparameters(worker.optimizer, settings)  # the config at hand decides, not the one that was saved
-    worker.strategy.load_state_dict(plain["strategy"] | tensors)
-    progress.load_state_dict(plain["progress"])
+    for name, part in parts.items():
+        filled = {key: tensors[f"{name}/{key}"] for key in part.state_dict() if f"{name}/{key}" in tensors}
+        part.load_state_dict(plain[name] | filled)
     if progress.step > assembly.plan.loop.steps:
         raise UserError(
             f"train.steps={assembly.plan.loop.steps} is below the {progress.step} steps that {folder.path} "
@@ -263,10 +271,16 @@ def load_newest(store: CheckpointStore, assembly: Assembly, folder: RunFolder) -
     return progress
 
 
-def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the plain values of a flat state."""
-    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    return tensors, {key: value for key, value in state.items() if key not in tensors}
+def state_of_parts(parts: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of all parts, named part/key, and each part's plain values."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    flat = {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+    tensors = {key: value for key, value in flat.items() if isinstance(value, Tensor)}
+    plain = {
+        name: {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        for name, state in states.items()
+    }
+    return tensors, plain
 
 
 def sample(assembly: Assembly, corpus: Corpus) -> str:

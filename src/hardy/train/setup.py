@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
-from hardy.config import UserError, to_dict
+from hardy.config import ConfigError, UserError, to_dict
 from hardy.data.corpus import Corpus
 from hardy.data.stream import PackStream
 from hardy.distributed.comm import Communicator
@@ -18,12 +18,29 @@ from hardy.model.decoder import Decoder, unit_names
 from hardy.model.init import initialise
 from hardy.model.presets import check_context
 from hardy.optim.build import build_optimizer
+from hardy.optim._shell import RuleOptimizer
+from hardy.optim.config import OptimizerConfig, QAPOLLOConfig, RuleConfig
+from hardy.optim.guard import GradGuard
+from hardy.optim.int8 import quantize_model
+from hardy.optim.schedules import build_schedule
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware
 from hardy.train.folder import differing
 from hardy.train.loop import Batches, Plan
 from hardy.train.plan import RunPlan, plan_run
 from hardy.train.step import AutocastSetting, Worker
+
+
+class Stateful(Protocol):
+    """A part of a run that changes and comes back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +52,11 @@ class Assembly:
     identity: dict[str, Any]
     """What a checkpoint must have in common with the run that loads it."""
     num_parameters: int
+
+    def parts(self) -> dict[str, Stateful]:
+        """Return what a checkpoint keeps beside model, optimizer and progress, by the name it has there."""
+        parts: dict[str, Stateful] = {"strategy": self.worker.strategy, "schedule": self.plan.schedule}
+        return parts if self.worker.guard is None else parts | {"guard": self.worker.guard}
 
 
 def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardware: Hardware) -> Assembly:
@@ -51,23 +73,33 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
     check_context(getattr(model, "context_tokens", None), document_tokens=document_tokens)
     num_parameters = sum(p.numel() for p in model.parameters())
     same_run = identity(config, corpus, model)
-    model = place_model(model, comm, sizes=sizes, hardware=hardware, seed=config.train.seed)
+    int8_group = _int8_group(config.optim, shards=sizes.shards)
+    model = place_model(
+        model, comm, sizes=sizes, hardware=hardware, seed=config.train.seed, int8_group=int8_group
+    )
     sharded = sizes.shards > 1
+    optimizer = build_optimizer(config.optim, model)
+    released = False
+    if isinstance(optimizer, RuleOptimizer) and isinstance(config.optim, RuleConfig) and config.optim.release:
+        released = True
+        _release(optimizer, model, num_workers=comm.size, sizes=sizes, batch_packs=config.train.batch_packs)
+    guard = build_guard(config.optim, optimizer, device=hardware.device)
     worker = Worker(
         model=model,
-        optimizer=build_optimizer(config.optim, model),
+        optimizer=optimizer,
         strategy=build_strategy(config.strategy, model, comm),
         comm=comm,
         device=hardware.device,
         # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
         autocast=AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded),
-        clip_norm=config.optim.clip_norm,
+        clip_norm=config.optim.clip_norm if guard is None else None,
+        guard=guard,
+        released=released,
     )
     validation = _stream(config, corpus, split="validation") if corpus.validation.num_documents else None
     plan = Plan(
         loop=config.train,
-        peak_lr=config.optim.lr,
-        schedule=config.optim.schedule,
+        schedule=build_schedule(config.optim.schedule, peak=config.optim.lr, total_steps=config.train.steps),
         batches=Batches(stream=stream, batch_packs=config.train.batch_packs, micro_packs=sizes.micro.packs),
         validation=validation,
         validation_packs=min(config.train.evaluate_packs, validation.num_packs or 0) if validation else 0,
@@ -76,16 +108,61 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
     return Assembly(worker=worker, plan=plan, identity=same_run, num_parameters=num_parameters)
 
 
+def build_guard(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, *, device: torch.device
+) -> GradGuard | None:
+    """Return the guard that `optim.guard` describes; None where its history is off."""
+    if config.guard.history == "off":
+        return None
+    num_tensors = sum(len(group["params"]) for group in optimizer.param_groups)
+    return GradGuard(config.guard, max_norm=config.clip_norm, num_tensors=num_tensors, device=device)
+
+
+def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
+    """Return the columns of a group of int8 weights; None where weights stay what they are."""
+    if not isinstance(config, QAPOLLOConfig):
+        return None
+    if shards > 1:
+        raise ConfigError(
+            f"optim.name=qapollo keeps int8 weights, which cannot be sharded yet, and strategy.mesh.shards is "
+            f"{shards}; set it to 1, or use apollo_mini"
+        )
+    return config.group_columns
+
+
+def _release(
+    optimizer: RuleOptimizer, model: nn.Module, *, num_workers: int, sizes: RunPlan, batch_packs: int
+) -> None:
+    """Update parameters inside the backward pass of the last micro-batch."""
+    if num_workers > 1 and sizes.replicas > 1 and sizes.shards == 1:
+        raise ConfigError(
+            f"optim.release=true works on one worker or with shards, and {num_workers} workers hold a whole model "
+            f"each; set strategy.mesh.shards to {num_workers}"
+        )
+    num_micro = -(-(batch_packs // num_workers) // sizes.micro.packs)
+    # FSDP2 hands out gradients with the last micro-batch only.
+    optimizer.enable_release(model, accumulation_steps=1 if sizes.shards > 1 else num_micro)
+
+
 def place_model(
-    model: nn.Module, comm: Communicator, *, sizes: RunPlan, hardware: Hardware, seed: int
+    model: nn.Module,
+    comm: Communicator,
+    *,
+    sizes: RunPlan,
+    hardware: Hardware,
+    seed: int,
+    int8_group: int | None = None,
 ) -> nn.Module:
     """Lay the model out over the workers and give it its initial weights, the same on every world size.
 
-    Sharded models never exist whole: they are laid out on the meta device and filled shard by shard.
+    Sharded models never exist whole: they are laid out on the meta device and filled shard by shard. With
+    `int8_group` linear layers are kept in int8, so many columns to a scale.
     """
     is_new = any(p.is_meta for p in model.parameters())
     if sizes.shards == 1:
         _fill(model, is_new=is_new, device=hardware.device, seed=seed)
+        if int8_group is not None:
+            quantize_model(model, group=int8_group)
     wrapped = parallelize(
         model,
         comm,

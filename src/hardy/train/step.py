@@ -7,15 +7,18 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hardy.distributed.comm import Communicator
-from hardy.distributed.sharded import accumulating, clip_gradients, grad_norm
+from hardy.distributed.sharded import accumulating, bare, clip_gradients, grad_norm
 from hardy.distributed.strategy import Strategy
 from hardy.ops.packed import PackedBatch
 from hardy.optim.build import set_learning_rate
+from hardy.optim.gradients import nonfinite_flags, scale_gradients, takes_grad_scale, tensor_norms
+from hardy.optim.guard import NAMED_OFFENDERS, GradGuard, Verdict
 
 
 @dataclass(kw_only=True)
@@ -30,7 +33,12 @@ class Worker:
     device: torch.device
     autocast: "AutocastSetting" = field(default_factory=lambda: AutocastSetting())
     clip_norm: float | None = None
-    """Largest global gradient norm."""
+    """Largest global gradient norm; a guard brings its own."""
+    guard: GradGuard | None = None
+    """Clips by the gradient's history and decides which steps are left out; None clips by `clip_norm` alone
+    and leaves out what is not finite."""
+    released: bool = False
+    """Whether the optimizer updates inside the backward pass, so that no gradient is left to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +60,17 @@ class StepResult:
     loss: float
     """Mean negative log-likelihood per target of the global batch, in nats."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; 0 where gradients are released."""
     applied: bool
-    """False when the loss or a gradient was not finite, so that the update was left out."""
+    """False when the loss or a gradient was not finite, or the guard said so: the update was left out."""
+    clipped: bool
+    """Whether the gradients were made smaller."""
     stop_votes: int
     """Workers that ask to stop after this step."""
     busy_s: float
     """Seconds this worker spent in forward, backward, reduction and optimizer."""
+    left_out_for: str = ""
+    """In words, why the update was left out."""
 
 
 def train_step(
@@ -77,6 +89,9 @@ def train_step(
         wants_stop: whether this worker was asked to stop.
     """
     started_s = worker.comm.clock.now()
+    set_learning_rate(
+        worker.optimizer, lr
+    )  # before the backward pass, which updates where gradients are released
     worker.strategy.before_forward()
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
     for i, batch in enumerate(micro_batches):
@@ -87,22 +102,79 @@ def train_step(
         nll_sum += nll.detach()
     worker.strategy.reduce_gradients()
     parameters = [p for group in worker.optimizer.param_groups for p in group["params"]]
-    norm = grad_norm(parameters)
+    norm, verdict = (nll_sum.new_zeros(()), None) if worker.released else _judge(worker.guard, parameters)
     totals = worker.comm.sum(torch.stack([nll_sum, nll_sum.new_tensor(float(wants_stop))]))
+    verdicts = [verdict.found_inf, verdict.clipped] if verdict is not None else []
     # The step's only wait for the device: an update that holds a NaN must not happen.
-    nll_total, votes, norm_value = torch.cat([totals, norm.double().reshape(1)]).tolist()
-    applied = math.isfinite(nll_total) and math.isfinite(norm_value)
+    read = torch.cat([totals, *(number.double().reshape(1) for number in (norm, *verdicts))]).tolist()
+    nll_total, votes, norm_value = read[:3]
+    if verdict is not None:
+        applied, clipped = read[3] == 0, read[4] != 0
+    else:
+        applied = math.isfinite(nll_total) and math.isfinite(norm_value)
+        clipped = applied and worker.clip_norm is not None and norm_value > worker.clip_norm
+    left_out_for = ""
     if applied:
-        if worker.clip_norm is not None and norm_value > worker.clip_norm:
-            clip_gradients(parameters, norm=norm, clip_norm=worker.clip_norm)
-        set_learning_rate(worker.optimizer, lr)
-        worker.optimizer.step()
+        told = _clip(worker, parameters, norm=norm, verdict=verdict) if clipped else {}
+        worker.optimizer.step(**told)
+    else:
+        if worker.released:  # each parameter decided for itself; this only closes the step
+            worker.optimizer.step()
+        left_out_for = _faults(worker, parameters, loss=nll_total / num_targets, norm=norm_value)
     worker.strategy.after_step()
     worker.optimizer.zero_grad(set_to_none=True)
     return StepResult(
         loss=nll_total / num_targets,
         grad_norm=norm_value,
         applied=applied,
+        clipped=clipped,
         stop_votes=int(votes),
         busy_s=worker.comm.clock.now() - started_s,
+        left_out_for=left_out_for,
     )
+
+
+def _judge(guard: GradGuard | None, parameters: Sequence[Tensor]) -> tuple[Tensor, Verdict | None]:
+    """Return the norm of the whole gradient and what the guard makes of it; does not wait for the device."""
+    if guard is None:
+        return grad_norm(parameters), None
+    if guard.history != "tensor":
+        norm = grad_norm(parameters)
+        return norm, guard.update(norm)
+    norms = tensor_norms(parameters)
+    return torch.linalg.vector_norm(norms), guard.update(norms)
+
+
+def _clip(
+    worker: Worker, parameters: Sequence[Tensor], *, norm: Tensor, verdict: Verdict | None
+) -> dict[str, Any]:
+    """Make the gradients smaller in place, as far as the optimizer does not; return what it is to be told."""
+    if verdict is None:
+        assert worker.clip_norm is not None, "nothing to clip by"
+        clip_gradients(parameters, norm=norm, clip_norm=worker.clip_norm)
+        return {}
+    if not takes_grad_scale(worker.optimizer):
+        scale_gradients(parameters, verdict.multiplier)
+        return {}
+    if verdict.factors is not None:
+        scale_gradients(parameters, verdict.factors)
+    return {"grad_scale": verdict.grad_scale}
+
+
+def _faults(worker: Worker, parameters: Sequence[Tensor], *, loss: float, norm: float) -> str:
+    """Say why a step is left out; all workers ask together, and only then do they wait for this."""
+    names = {id(parameter): name for name, parameter in bare(worker.model).named_parameters()}
+    nothing = torch.zeros((), device=worker.device)
+    flags = nonfinite_flags([nothing if p.grad is None else p.grad for p in parameters])
+    by_parameter = worker.comm.all_gather(flags.to(torch.uint8)).T.tolist()
+    bad = [
+        names.get(id(parameter), "a parameter outside the model")
+        + ("" if all(at) else f" on worker {at.index(1)}")
+        for parameter, at in zip(parameters, by_parameter, strict=True)
+        if any(at)
+    ]
+    if bad:
+        return f"NaN or Inf in the gradient of {', '.join(bad[:NAMED_OFFENDERS])}"
+    if worker.guard is not None and math.isfinite(norm):
+        return f"a gradient norm of {norm:g}, a spike by optim.guard.spike_skip={worker.guard.spike_skip}"
+    return f"a loss of {loss:g} with a gradient norm of {norm:g}"

@@ -1,0 +1,1 @@
+"""Adapters to other people's trainers; each file imports its trainer when it is used, not before."""

@@ -1,0 +1,208 @@
+"""The sweeps of `hardy.ops.updates` as Triton kernels: the back end for CUDA.
+
+Tasks that are alike (shape, dtypes, alignment) share launches: adam, scale and moments take one, sketch one
+or two, SMMF's sweep two or three. More are needed only where the partial sums of a group would take more than
+60 MiB. Nothing waits for the device, sums are added in a fixed order without atomics, and how a task is cut
+does not depend on its neighbours: a run comes out the same bit for bit, and so does a task alone.
+
+How tasks become launches is in `hardy.ops.triton_launch`, which also says how addresses are kept, and why
+CUDA graphs can be captured once a call outside has compiled the kernels. Tasks that compute in fp64 go to
+`hardy.ops.updates_eager`.
+
+Bytes moved for a weight, with w and g bytes of weight and gradient, R the rank and d the contracted length:
+adam 2 w + g + 16; sketch g, and for its result 4 R / d; moments 20 R / d; scale 2 w + g; SMMF's sweep 2 w + g
++ 0.25, and 0.06 to 0.3 for partial sums.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hardy.ops import updates_eager
+from hardy.ops.triton_elementwise import Elementwise, adam_kernel, scale_kernel
+from hardy.ops.triton_fill import Fill, fill_kernel
+from hardy.ops.triton_kernels import as_arguments
+from hardy.ops.triton_launch import (
+    BLOCKS,
+    Entry,
+    Kind,
+    Launch,
+    Row,
+    aligned,
+    batches,
+    on,
+    pointer,
+    run,
+    tile_shape,
+    type_of,
+)
+from hardy.ops.triton_rounding import in_pairs, is_flat, rounded_how
+from hardy.ops.triton_sketch import MOMENTS, SKETCH
+from hardy.ops.triton_sweep import SWEEP
+from hardy.ops.updates import AdamTask, MomentTask, ScaleTask, SketchTask, SweepTask
+
+
+def sketch(tasks: Sequence[SketchTask]) -> None:
+    """Do APOLLO's first sweep."""
+    _split(tasks, lambda task: task.sketch, SKETCH, updates_eager.sketch)
+
+
+def moments(tasks: Sequence[MomentTask]) -> None:
+    """Update the moments of sketches."""
+    _split(tasks, lambda task: task.sketch, MOMENTS, updates_eager.moments)
+
+
+def scale(tasks: Sequence[ScaleTask]) -> None:
+    """Do APOLLO's second sweep."""
+    _split(
+        [task for task in tasks if task.param.numel()], lambda task: task.factor, SCALE, updates_eager.scale
+    )
+
+
+def sweep(tasks: Sequence[SweepTask]) -> None:
+    """Do SMMF's sweep."""
+    _split(tasks, lambda task: task.coefficients, SWEEP, updates_eager.sweep)
+
+
+def adam(tasks: Sequence[AdamTask]) -> None:
+    """Do AdamW's sweep."""
+    held = [task for task in tasks if task.param.numel()]
+    _split(held, lambda task: task.coefficients, ADAM, updates_eager.adam)
+
+
+def fill_normals(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
+    """Write the normal numbers of flat indices from `start` on (`hardy.ops.philox`) into contiguous `out`.
+
+    Raises:
+        ValueError: `out` is not contiguous, or of a dtype that the kernels do not write.
+    """
+    _fill(out, "normals", (key, start, epoch, slice))
+
+
+def fill_signs(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
+    """Write the random signs of a flat range into contiguous `out`; errors as of `fill_normals`."""
+    _fill(out, "signs", (key, start, epoch, slice))
+
+
+def _split(
+    tasks: Sequence[Any],
+    computed: Callable[[Any], Tensor],
+    kind: Kind,
+    eager: Callable[[Sequence[Any]], None],
+) -> None:
+    """Give tasks whose numbers are fp64 to the eager back end, all others to the kernels."""
+    wide = [task for task in tasks if computed(task).dtype == torch.float64]
+    if wide:
+        eager(wide)
+        tasks = [task for task in tasks if computed(task).dtype != torch.float64]
+    if tasks:
+        run(kind, tasks, computed(tasks[0]).device)
+
+
+def _fill(out: Tensor, kind: str, numbers: tuple[int, int, int, int]) -> None:
+    key, start, third, fourth = numbers
+    count = out.numel()
+    if not out.is_contiguous():
+        raise ValueError(
+            f"random numbers go into contiguous tensors, got strides {out.stride()}; fill a copy"
+        )
+    if not count:
+        return
+    block = BLOCKS["fill"]
+    config = Fill(
+        out=type_of(out.dtype),
+        kind=kind,
+        vector=start % 8 == 0 and count % 8 == 0 and out.data_ptr() % 16 == 0,
+        groups=block["groups"],
+    )
+    programs = -(-(start % 8 + count) // (8 * config.groups))
+    given = (
+        key & 0xFFFFFFFF,
+        (key >> 32) & 0xFFFFFFFF,
+        third & 0xFFFFFFFF,
+        fourth & 0xFFFFFFFF,
+        start,
+        count,
+    )
+    with on(out.device):
+        fill_kernel[(programs,)](
+            out, as_arguments(given), config, num_warps=block["warps"], num_stages=block["stages"]
+        )
+
+
+class _Like(NamedTuple):
+    """What tasks of one group of `adam` or `scale` share."""
+
+    shape: tuple[int, int]
+    param: torch.dtype
+    grad: torch.dtype
+    rounding: str
+    step: torch.dtype
+    pairs: bool
+    vector: bool
+    along: str = ""
+
+
+def _describe(task: AdamTask | ScaleTask, others: Sequence[Tensor | None], along: str) -> Entry:
+    param, grad, rounding = task.param, task.grad, task.rounding
+    mode, step = rounded_how(param, rounding)
+    rest = rounding.rest if mode == "kahan" else None
+    tensors = (param, grad, rest, *others)
+    rows, cols = param.shape
+    if along in ("", "all") and rows > 1 and is_flat(tensors, rounding):
+        rows, cols = 1, param.numel()
+    vector = aligned(tensors, rows=rows)
+    like = _Like((rows, cols), param.dtype, grad.dtype, mode, step, in_pairs(rounding, rows), vector, along)
+    key, place = rounding.key, rounding.place
+    head = (rows, cols, key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF, place.base, place.stride)
+    step_at = pointer(rounding.step) if mode == "stochastic" else 0
+    if isinstance(task, AdamTask):
+        small = (step_at, pointer(task.coefficients), 0, 0)
+    else:
+        small = (step_at, 0, pointer(task.factor), pointer(task.keep))
+    large = [number for tensor in (param, grad, rest, *others) for number in _strided(tensor)]
+    return like, (*head, *small, *large)
+
+
+def _strided(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
+
+
+def _describe_adam(task: AdamTask) -> Entry:
+    return _describe(task, (task.exp_avg, task.exp_avg_sq), "")
+
+
+def _describe_scale(task: ScaleTask) -> Entry:
+    return _describe(task, (None, None), task.along)
+
+
+def _elementwise(kernel: Any) -> Callable[[_Like, list[Row]], list[Launch]]:
+    def launches(like: _Like, rows: list[Row]) -> list[Launch]:
+        groups = BLOCKS["elementwise"]["groups"]
+        tile_rows, groups = tile_shape(like.shape, groups=groups, strip=groups)
+        config = Elementwise(
+            param=type_of(like.param),
+            grad=type_of(like.grad),
+            step=type_of(like.step),
+            rounding=like.rounding,
+            pairs=like.pairs,
+            flat=like.shape[0] == 1,
+            whole=like.shape[1] % 8 == 0,
+            vector=like.vector,
+            tile_rows=tile_rows,
+            groups=groups,
+            along=like.along,
+        )
+        programs = -(-like.shape[0] // tile_rows) * -(-like.shape[1] // (8 * groups))
+        return [
+            Launch(kernel=kernel, config=config, programs=programs, rows=part, block="elementwise")
+            for part in batches(rows, 0)
+        ]
+
+    return launches
+
+
+ADAM = Kind(name="adam", describe=_describe_adam, launches=_elementwise(adam_kernel))
+SCALE = Kind(name="scale", describe=_describe_scale, launches=_elementwise(scale_kernel))

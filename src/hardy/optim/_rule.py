@@ -1,0 +1,210 @@
+"""What a rule is: how one kind of parameter group keeps state and moves, on plain local tensors.
+
+A rule holds no state of its own. The shell (`_shell.py`) hands it bundles of parameters that are alike, and
+drives its `update` through three rounds of exchange with the other workers.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hardy.ops.updates import Backend, Place, Rounding
+from hardy.optim._sharded import Round, Shard, local_part, own_columns
+
+Group = dict[str, Any]
+
+SHARED_DEFAULTS: Mapping[str, Any] = {
+    "lr": 1e-3,
+    "weight_decay": 0.0,
+    "bf16_update": "stochastic",
+    "nonfinite": "propagate",
+    "backend": "auto",
+    "seed": 0,
+}
+"""Settings that a group of any kind has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateSpec:
+    """One state tensor of a parameter, before it exists."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor, over all workers."""
+    dtype: torch.dtype
+    dims: Mapping[int, int] = field(default_factory=dict)
+    """For a dimension of the parameter, the dimension of the state that the same axes cut."""
+    fill: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One parameter and what does not change from step to step."""
+
+    name: str
+    param: Tensor
+    group: Group
+    rule: "Rule"
+    shard: Shard
+    projection_key: int
+    rounding_key: int
+    specs: Mapping[str, StateSpec]
+    alike: tuple[Any, ...]
+    """Members with equal values here may stand in one bundle."""
+    local: dict[str, Tensor] = field(default_factory=dict)
+    """This worker's part of each state tensor."""
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of state and arithmetic."""
+        return compute_dtype(self.param)
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """Return fp64 for fp64 parameters and fp32 for all others."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+@dataclass(slots=True, eq=False)
+class Bundle:
+    """Parameters of one group that are alike, with what one step brings."""
+
+    group: Group
+    members: list[Member]
+    params: list[Tensor]
+    """Contiguous local parts; those of int8 weights are virtual and have one element (`int8_linear.py`)."""
+    grads: list[Tensor | None]
+    """Contiguous local parts; None where a parameter has no gradient."""
+    backend: Backend
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    projections: dict[Any, tuple[int, Tensor]]
+    """Random matrices kept between steps, with their epoch; see `apollo.py`."""
+    moved: Tensor | None = None
+    """Set by `update`: which parameters had a gradient other than zero, over all workers."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.params[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute dtype."""
+        return self.members[0].compute_dtype
+
+    def present(self) -> Tensor:
+        """Return [n]: 1 where this worker has a gradient."""
+        result = torch.ones(len(self.grads), dtype=self.dtype, device=self.device)
+        for index, grad in enumerate(self.grads):
+            if grad is None:
+                result[index].zero_()
+        return result
+
+    def stacked(self, key: str) -> Tensor:
+        """Return the small state `key` of all members as one tensor; a copy."""
+        return torch.stack([member.local[key] for member in self.members])
+
+    def write_back(self, key: str, values: Tensor) -> None:
+        """Give the members their new small state `key`."""
+        held = [member.local[key] for member in self.members]
+        # One launch for all; torch documents it under "Foreach operations".
+        torch._foreach_copy_(held, list(values.unbind(0)))  # pyright: ignore[reportPrivateImportUsage]
+
+    def allowed(self) -> Tensor:
+        """Return 0-d: 0 where `found_inf` forbids the step, else 1."""
+        if self.found_inf is None:
+            return torch.ones((), dtype=self.dtype, device=self.device)
+        return 1 - self.found_inf.to(self.device, self.dtype).reshape(()).clamp(0, 1)
+
+    def inverse_scale(self) -> Tensor | float:
+        """Return what gradients are multiplied with: 1 / grad_scale."""
+        return 1.0 if self.grad_scale is None else 1 / self.grad_scale.to(self.device, self.dtype).reshape(())
+
+    def rounding(
+        self, index: int, place: Place, step: Tensor, *, shape: tuple[int, int, int], level: int = 0
+    ) -> Rounding:
+        """Return how the updated parameter `index`, seen as [stack, rows, cols], is written at a level."""
+        member = self.members[index]
+        rest = member.local.get("rest")
+        return Rounding(
+            mode=self.group["bf16_update"],
+            key=member.rounding_key,
+            step=step,
+            place=place,
+            rest=None if rest is None else rest.view(shape)[level],
+        )
+
+
+class Rule(ABC):
+    """How one kind of group is updated."""
+
+    kind: ClassVar[str]
+    defaults: ClassVar[Mapping[str, Any]]
+    """Settings of the kind beyond the shared ones, with their defaults."""
+
+    @abstractmethod
+    def check(self, group: Group) -> None:
+        """Refuse settings out of range; the text names setting and value."""
+
+    @abstractmethod
+    def specs(self, shard: Shard, dtype: torch.dtype, group: Group, name: str) -> dict[str, StateSpec]:
+        """Return the state of a parameter; refuse a parameter that the rule cannot update."""
+
+    @abstractmethod
+    def alike(self, shard: Shard) -> tuple[Any, ...]:
+        """Return what else than group, dtype, device and axes must be equal within a bundle."""
+
+    @abstractmethod
+    def temporary_bytes(self, member: Member) -> int:
+        """Return what a step holds for this parameter from one round to the next."""
+
+    @abstractmethod
+    def update(self, bundle: Bundle) -> Iterator[Round]:
+        """Take one step for the bundle: yield the wishes of three rounds, in order, and end."""
+
+
+def local_shape(spec: StateSpec, shard: Shard) -> tuple[int, ...]:
+    """Return the shape of this worker's part of a state tensor."""
+    shape = list(spec.shape)
+    for split in shard.splits:
+        if split.dim in spec.dims:
+            dim = spec.dims[split.dim]
+            begin, end = own_columns(shape[dim], split)
+            shape[dim] = end - begin
+    return tuple(shape)
+
+
+def own_part(value: Tensor, spec: StateSpec, shard: Shard) -> Tensor:
+    """Return state laid out as its parameter is; a plain tensor is the whole, and is cut for this worker."""
+    if local_part(value) is not value:
+        return value
+    for split in shard.splits:
+        if split.dim in spec.dims:
+            dim = spec.dims[split.dim]
+            begin, end = own_columns(value.shape[dim], split)
+            value = value.narrow(dim, begin, end - begin)
+    return shard.wrap(value, spec.shape, spec.dims)
+
+
+def table(columns: list[Tensor | float], like: Tensor) -> Tensor:
+    """Return [..., len(columns)] in the shape and dtype of `like`, from numbers and tensors.
+
+    Numbers are filled in, not copied from the host, so nothing waits for the device.
+    """
+    result = like.new_empty(*like.shape, len(columns))
+    for index, value in enumerate(columns):
+        if isinstance(value, Tensor):
+            result[..., index].copy_(value)
+        else:
+            result[..., index].fill_(value)
+    return result
+
+
+def require(condition: bool, group: Group, setting: str, allowed: str) -> None:
+    """Refuse a group setting that does not meet the condition."""
+    if not condition:
+        raise ValueError(f"{setting} of a {group['kind']!r} group must be {allowed}, got {group[setting]!r}")

@@ -1,0 +1,317 @@
+"""APOLLO: Adam's step length from a random sketch of the gradient, the raw gradient's direction.
+
+Paper: H. Zhu, Z. Zhang et al., "APOLLO: SGD-like Memory, AdamW-level Performance", 2024 (arXiv 2412.05270v4).
+Letters: G gradient, P projection [r, d], R sketch, M, V its moments, d contracted (smaller) dimension, n
+channels, s_j factor of channel j, alpha scale, gamma limiter, T = update_proj_gap, eta lr, lam weight_decay.
+
+    R = G P^T / sqrt(r);  M, V = Adam's moments of R;  s_j = |M_j / (sqrt(V_j) + eps)| / |R_j|
+    W_j = (1 - eta lam) W_j - eta bc alpha s_j G_j / L        bc = sqrt(1 - b2^t) / (1 - b1^t)
+
+L keeps the norm of the step from growing by more than gamma. APOLLO-Mini has r = 1 and one s for the whole
+matrix.
+
+Differs from the released code: P is never stored, but a function of (seed, name, epoch, index); state is
+fp32; a zero gradient is never remembered as a norm (the released limiter then freezes the matrix for 1,800
+steps); sharded weights.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hardy.ops.lowrank import length_ratio, limit_growth, remember_norm
+from hardy.ops.quantize import requantize_step
+from hardy.ops.updates import MomentTask, Place, Rounding, ScaleTask, SketchTask
+from hardy.optim._geometry import Geometry, geometry_of, is_stack
+from hardy.optim._projections import bases_of
+from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, require, table
+from hardy.optim._sharded import Gather, Round, Scatter, Shard, Sum
+from hardy.optim.adaptive import as_swept, check_betas
+from hardy.optim.int8_linear import VirtualWeight
+
+log = logging.getLogger(__name__)
+
+
+class ApolloRule(Rule):
+    """APOLLO with channel-wise or tensor-wise factors, random or singular directions."""
+
+    kind = "apollo"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "betas": (0.9, 0.999),
+        "eps": 1e-6,
+        "rank": 256,
+        "scale_type": "channel",
+        "scale": 1.0,
+        "update_proj_gap": 200,
+        "proj": "normal",
+        "svd_method": "gram",
+        "limiter": "reference",
+        "limiter_gamma": 1.01,
+        "zero_grad": "skip",
+        "bias_correction": True,
+        "share_projection": False,
+        "side": "auto",
+        "wide_state": "shard",
+        "stacked": True,
+    }
+
+    def check(self, group: Group) -> None:
+        """Refuse settings out of range."""
+        check_betas(group)
+        require(group["eps"] >= 0, group, "eps", "at least 0")
+        require(
+            isinstance(group["rank"], int) and group["rank"] >= 1, group, "rank", "a whole number, at least 1"
+        )
+        require(group["update_proj_gap"] >= 1, group, "update_proj_gap", "at least 1")
+        require(group["limiter_gamma"] > 1, group, "limiter_gamma", "above 1")
+        require(group["scale"] == "auto" or group["scale"] > 0, group, "scale", "above 0, or 'auto'")
+        for setting, words in _CHOICES.items():
+            require(group[setting] in words, group, setting, " or ".join(map(repr, words)))
+        if group["rank"] < 8 and group["scale_type"] == "channel":
+            _warn_once(f"rank={group['rank']} is too low to tell a channel's length; use scale_type='tensor'")
+
+    def specs(self, shard: Shard, dtype: torch.dtype, group: Group, name: str) -> dict[str, StateSpec]:
+        """Keep moments of the sketch, the norm of the last step and the key of the random projection."""
+        if len(shard.shape) < 2 or 0 in shard.shape:
+            raise ValueError(
+                f"APOLLO needs matrices, and {name} has shape {shard.shape}; give it to a group with "
+                f"kind='adamw', as hardy.optim.route_params does"
+            )
+        geometry = geometry_of(shard, group, name)
+        if group["rank"] > geometry.contracted:
+            text = (
+                f"rank={group['rank']} exceeds a matrix' shorter side {geometry.contracted}, which is taken"
+            )
+            _warn_once(text, example=f"{text}; so for {name}")
+        stack = shard.shape[:1] if is_stack(shard.shape, group) else ()
+        row_dim, col_dim = (1, 2) if stack else (0, 1)
+        tall = geometry.contracts == "cols"
+        channel_dim, other_dim = (row_dim, col_dim) if tall else (col_dim, row_dim)
+        state_dim = len(stack) if tall else len(stack) + 1
+        dims = {channel_dim: state_dim} | ({0: 0} if stack else {})
+        if geometry.scattered is not None:
+            dims[other_dim] = state_dim
+        sizes = (geometry.channels, geometry.rank) if tall else (geometry.rank, geometry.channels)
+        moment = StateSpec(shape=(*stack, *sizes), dtype=dtype, dims=dims)
+        count = StateSpec(shape=stack, dtype=torch.float32, dims={0: 0} if stack else {})
+        specs = {"step": count, "exp_avg": moment, "exp_avg_sq": moment}
+        specs["limiter_norm"] = StateSpec(shape=stack, dtype=dtype, dims=count.dims)
+        specs["proj_key"] = StateSpec(shape=(), dtype=torch.int64)
+        if group["proj"] == "svd":
+            shape = (*stack, geometry.rank, geometry.contracted)
+            specs["basis"] = StateSpec(shape=shape, dtype=dtype, dims=count.dims)
+        return specs
+
+    def alike(self, shard: Shard) -> tuple[Any, ...]:
+        """Only equal shapes stand together, so that their small numbers are rows of one tensor."""
+        return (shard.shape, shard.local_shape)
+
+    def temporary_bytes(self, member: Member) -> int:
+        """Hold the local sketch, and what is sent of it."""
+        shape = geometry_of(member.shard, member.group, member.name)
+        copies = 2 if shape.scattered is not None or shape.summed else 1
+        return 4 * copies * shape.stack * (shape.rank + 1) * shape.local_channels
+
+    def update(self, bundle: Bundle) -> Iterator[Round]:
+        """Take one step: sketch, sum; moments and factors, sum; gather factors, scale the gradient."""
+        group, geometry = bundle.group, geometry_of(bundle.members[0].shard, bundle.group, "")
+        sketch, squares, norm = yield from _sketch_round(bundle, geometry)
+        inverse_scale = bundle.inverse_scale()
+        norm = norm * inverse_scale * inverse_scale
+        active = norm.isfinite() & (norm != 0 if group["zero_grad"] == "skip" else _moves(norm, group["lr"]))
+        active = active.to(bundle.dtype) * bundle.allowed()
+        bundle.moved = norm != 0
+        before, after, step = _moments(bundle, geometry, sketch, active)
+        del sketch
+        squares = squares * inverse_scale * inverse_scale
+        alpha = math.sqrt(geometry.contracted / geometry.rank) if group["scale"] == "auto" else group["scale"]
+        if group["scale_type"] == "tensor":
+            # Where eps is 0, a channel that never had a gradient is 0 / 0.
+            totals = torch.stack([before.sum(-1), torch.where(after.isnan(), 0, after).sum(-1)])
+            yield Round(sums=[Sum(totals, geometry.channel_splits)])
+            ratio = length_ratio(totals[1], totals[0]).unsqueeze(-1)
+            step_square = (ratio.squeeze(-1) * norm.sqrt()).square()
+        else:
+            ratio = length_ratio(after, before)
+            # A channel of an inactive matrix may hold NaN; its ratio is 0.
+            step_square = torch.where(ratio > 0, ratio * squares.sqrt(), 0).square().sum(-1)
+            yield Round(sums=[Sum(step_square, geometry.channel_splits)])
+        correction = _bias_correction(step, group, bundle.dtype)
+        length = alpha * step_square.sqrt() * (correction if group["limiter"] == "corrected" else 1)
+        memory = bundle.stacked("limiter_norm").view_as(length)
+        limit = (
+            torch.ones_like(length)
+            if group["limiter"] == "off"
+            else limit_growth(length, memory, gamma=group["limiter_gamma"])
+        )
+        scalar = torch.where(active > 0, group["lr"] * correction * alpha / limit * inverse_scale, 0)
+        factor = ratio * scalar.unsqueeze(-1)
+        gather = _gather_of(factor, geometry, group)
+        yield Round(gathers=[gather] if gather is not None else [])
+        if gather is not None:
+            factor = gather.result.view(*scalar.shape, -1)
+        _scale(bundle, geometry, factor, active, step)
+        shape = bundle.members[0].local["step"].shape
+        bundle.write_back("step", step.view(-1, *shape))
+        bundle.write_back("limiter_norm", remember_norm(length / limit, memory, active).view(-1, *shape))
+
+
+_said: set[str] = set()
+
+
+def _warn_once(text: str, *, example: str | None = None) -> None:
+    """Log a warning, or its first example, once in a process."""
+    if text not in _said:
+        _said.add(text)
+        log.warning(example or text)
+
+
+_CHOICES = {
+    "scale_type": ("channel", "tensor"),
+    "proj": ("normal", "rademacher", "svd"),
+    "svd_method": ("gram", "exact"),
+    "limiter": ("reference", "corrected", "off"),
+    "zero_grad": ("skip", "decay"),
+    "side": ("auto", "shard_local"),
+    "wide_state": ("shard", "replicate"),
+}
+
+
+def _matrix(tensor: Tensor, geometry: Geometry) -> Tensor:
+    return tensor.view(geometry.stack, geometry.rows, geometry.cols)
+
+
+def _sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
+    """Sketch all gradients; return sketches of own channels, their squares, and the whole squared norms."""
+    count, stack, rank = len(bundle.members), geometry.stack, geometry.rank
+    tall, channels = geometry.contracts == "cols", geometry.local_channels
+    like = torch.empty((), dtype=bundle.dtype, device=bundle.device)
+    sketch = like.new_zeros(count, stack, *((channels, rank) if tall else (rank, channels)))
+    squares = like.new_zeros(count, stack, channels)
+    tasks = []
+    for index, (member, grad) in enumerate(zip(bundle.members, bundle.grads, strict=True)):
+        bases = bases_of(bundle, member, geometry, grad)
+        if grad is None or grad.numel() == 0:
+            continue
+        for level in range(stack):
+            tasks.append(
+                SketchTask(
+                    grad=_matrix(grad, geometry)[level],
+                    projection_KR=bases(level),
+                    contracts=geometry.contracts,
+                    sketch=sketch[index, level],
+                    squares=squares[index, level],
+                )
+            )
+    bundle.backend.sketch(tasks)
+    norms = torch.cat([squares.sum(-1), bundle.present().unsqueeze(-1)], dim=-1)
+    wanted = Round(sums=[Sum(norms, geometry.channel_splits + geometry.summed)])
+    if geometry.scattered is not None:
+        rows = sketch.transpose(-1, -2) if tall else sketch
+        scatter = Scatter(
+            torch.cat([rows.reshape(-1, channels), squares.view(-1, channels)]), geometry.scattered
+        )
+        wanted.scatters.append(scatter)
+        yield wanted
+        own = scatter.result.shape[-1]
+        sketch = scatter.result[: count * stack * rank].view(count, stack, rank, own)
+        sketch = sketch.transpose(-1, -2).contiguous() if tall else sketch
+        squares = scatter.result[count * stack * rank :].view(count, stack, own)
+    else:
+        wanted.sums += [Sum(sketch, geometry.summed), Sum(squares, geometry.summed)]
+        yield wanted
+    return sketch, squares, torch.where(norms[:, -1:] > 0, norms[:, :-1], 0)
+
+
+def _moments(bundle: Bundle, geometry: Geometry, sketch: Tensor, active: Tensor) -> tuple[Tensor, ...]:
+    """Update the sketches' moments; return squared norms of channels before and after, and the new step."""
+    group, tall = bundle.group, geometry.contracts == "cols"
+    own = sketch.shape[-2] if tall else sketch.shape[-1]
+    before, after = sketch.new_zeros(2, *active.shape, own)
+    inverse = bundle.inverse_scale() / (1.0 if group["proj"] == "svd" else math.sqrt(geometry.rank))
+    coefficients = table([active, *group["betas"], group["eps"], inverse], like=active)
+    tasks = [
+        MomentTask(
+            sketch=sketch[index, level],
+            exp_avg=member.local["exp_avg"].view(geometry.stack, *sketch.shape[2:])[level],
+            exp_avg_sq=member.local["exp_avg_sq"].view(geometry.stack, *sketch.shape[2:])[level],
+            channels="rows" if tall else "cols",
+            coefficients=coefficients[index, level],
+            before=before[index, level],
+            after=after[index, level],
+        )
+        for index, member in enumerate(bundle.members)
+        for level in range(geometry.stack)
+        if own > 0
+    ]
+    bundle.backend.moments(tasks)
+    step = bundle.stacked("step").view(active.shape)
+    return before, after, step + active.to(step.dtype)
+
+
+def _bias_correction(step: Tensor, group: Group, dtype: torch.dtype) -> Tensor | float:
+    """Return sqrt(1 - b2^t) / (1 - b1^t); taken in fp64, where 1 - b2 keeps its digits."""
+    if not group["bias_correction"]:
+        return 1.0
+    beta1, beta2 = (as_swept(beta, dtype) for beta in group["betas"])
+    count = step.double().clamp(min=1)
+    return ((1 - beta2**count).sqrt() / (1 - beta1**count)).to(dtype)
+
+
+def _moves(norm: Tensor, lr: Any) -> Tensor:
+    """Whether there is a gradient, or a rate at which zero gradients count."""
+    nonzero = lr.to(norm.device) != 0 if isinstance(lr, Tensor) else torch.full_like(norm, float(lr != 0)) > 0
+    return (norm != 0) | nonzero
+
+
+def _gather_of(factor: Tensor, geometry: Geometry, group: Group) -> Gather | None:
+    """Return the wish for all channels' factors, where channels were scattered for their state only."""
+    if geometry.scattered is None or group["scale_type"] == "tensor":
+        return None
+    return Gather(factor.reshape(-1, factor.shape[-1]), geometry.channels, geometry.scattered)
+
+
+def _scale(bundle: Bundle, geometry: Geometry, factor: Tensor, active: Tensor, step: Tensor) -> None:
+    """Move the weights along the raw gradients."""
+    group = bundle.group
+    along = "all" if group["scale_type"] == "tensor" else "rows" if geometry.contracts == "cols" else "cols"
+    decayed = 1 - group["lr"] * group["weight_decay"]
+    keep = (active * decayed + (1 - active)).unsqueeze(-1)
+    tasks = []
+    for index, grad in enumerate(bundle.grads):
+        if grad is None or grad.numel() == 0:
+            continue
+        param = bundle.members[index].param
+        if isinstance(param, VirtualWeight):
+            rounding = _rounding(bundle, index, 0, geometry, step)
+            factors, kept = factor[index, 0], keep[index, 0]
+            requantize_step(param.matrix(), grad, factor=factors, along=along, keep=kept, rounding=rounding)
+            continue
+        for level in range(geometry.stack):
+            tasks.append(
+                ScaleTask(
+                    param=_matrix(bundle.params[index], geometry)[level],
+                    grad=_matrix(grad, geometry)[level],
+                    factor=factor[index, level],
+                    along=along,
+                    keep=keep[index, level],
+                    rounding=_rounding(bundle, index, level, geometry, step),
+                )
+            )
+    bundle.backend.scale(tasks)
+
+
+def _rounding(bundle: Bundle, index: int, level: int, geometry: Geometry, step: Tensor) -> Rounding:
+    shard = bundle.members[index].shard
+    first = int(is_stack(shard.shape, bundle.group))
+    stride = math.prod(shard.shape[first + 1 :])
+    row, col = shard.offset[first], shard.offset[first + 1] * math.prod(shard.shape[first + 2 :])
+    expert = (shard.offset[0] + level) if first else 0
+    base = (expert * shard.shape[first] + row) * stride + col
+    matrices = (geometry.stack, geometry.rows, geometry.cols)
+    place = Place(base=base, stride=stride)
+    return bundle.rounding(index, place, step[index, level], shape=matrices, level=level)
