@@ -3,18 +3,19 @@
     python benchmarks/bench_cpu_route.py --size 4096 --threads 2 --rounds 11
     python benchmarks/bench_cpu_route.py --threads 1 --clock cpu
 
-SMMF's sweep and APOLLO-Mini's two sweeps over one fp32 matrix. All contenders run in one process, interleaved, each
-on tensors of its own, so that none finds them in cache; a ratio is the median of the rounds' ratios to torch's
-fused AdamW, in brackets their range. `copy` copies as many bytes as the sweep has to move (SMMF 12.25 an
-element, Mini 16). The first use of a contender is timed apart: it may compile (C++ here in an empty cache).
+SMMF's sweep and APOLLO-Mini's two sweeps over one fp32 matrix. All contenders run in one process, in turns,
+each on tensors of its own, so that none finds them in cache; a ratio is the median of the rounds' ratios to
+torch's fused AdamW, in brackets their range. `copy` copies as many bytes as the sweep has to move (SMMF 12.25
+per element, Mini 16). The first use of a contender is timed apart: it may compile (C++ in an empty cache).
 
-After a parallel operation torch's OpenMP threads spin for some milliseconds before they sleep, and threads that
-are not theirs share the cores with them. `--rest-ms` is the pause before each measurement: with 0, C++ on
-threads of its own pays for that, as in a step right behind a backward pass. On a busy machine a wall clock says
-little; `--clock cpu` takes the time that the process was running, on one thread.
+After a parallel operation torch's OpenMP threads spin for some milliseconds before they sleep, and threads
+that are not theirs share the cores with them. `--rest-ms` is the pause before each measurement: with 0, C++
+on threads of its own pays for that, as in a step right behind a backward pass. On a busy machine a wall clock
+says little; `--clock cpu` takes the time that the process was running, on one thread.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -103,14 +104,16 @@ def smmf_formula(param, grad, factors, sign, numbers, sums):
     """SMMF on a whole square matrix, as one would write it for a compiler."""
     row_m, col_m, row_v, col_v = factors
     _, beta1, beta2, lr, keep, l2, eps, inverse_scale, most = numbers.unbind()
-    bit = torch.arange(8, dtype=torch.uint8)
-    s = ((sign.unsqueeze(-1) >> bit) & 1).view(param.shape).to(param.dtype) * 2 - 1
+    # In int32, for inductor has no vectors of bytes.
+    bits = (sign.int().unsqueeze(-1) >> torch.arange(8, dtype=torch.int32)) & 1
+    s = bits.view(param.shape).to(param.dtype) * 2 - 1
     g = grad * inverse_scale + l2 * param
     m = beta1 * s * row_m[:, None] * col_m + (1 - beta1) * g
     v = beta2 * row_v[:, None] * col_v + (1 - beta2) * g * g
     u = torch.minimum(torch.maximum(m / (v.sqrt() + eps), -most), most)
     param.copy_(keep * param - lr * torch.where(grad == 0, 0.0, u))
-    sign.copy_(((m > 0).to(torch.uint8).view(len(sign), -1, 8) << bit).sum(-1, dtype=torch.uint8))
+    positive = (m > 0).int().view(len(sign), -1, 8).unbind(-1)
+    sign.copy_(functools.reduce(torch.bitwise_or, (x << b for b, x in enumerate(positive))).to(torch.uint8))
     m = m.abs()
     sums.copy_(torch.cat([m.sum(1), m.sum(0), v.sum(1), v.sum(0), (g * g).sum().view(1)]))
 
@@ -282,9 +285,10 @@ def make_contenders(options):
 
 def measure(contenders, method, *, rounds, rest_s, clock):
     """Return the times of each contender, in seconds, round by round."""
-    times = {name: [] for name in contenders}
+    times, threads = {name: [] for name in contenders}, torch.get_num_threads()
     for _ in range(rounds):
         for name, contender in contenders.items():
+            torch.set_num_threads(threads)  # numba sets OpenMP's number
             time.sleep(rest_s)
             times[name].append(seconds(getattr(contender, method), clock))
     return times
@@ -336,6 +340,7 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         native_build.use_cache_dir(Path(cache))
         contenders, first_use_s = make_contenders(options)
+    torch.set_num_threads(options.threads)
     rows = []
     for rest_ms in options.rest_ms:
         for method in BYTES:

@@ -83,6 +83,14 @@ def validation_loss(trial: Trial, make: Make) -> float:
     return evaluate(assembly.worker, plan.validation, num_packs=plan.validation_packs, micro_packs=8)
 
 
+_MAKERS: dict[str, Make] = {}
+"""The makers of the trials that run; forked processes inherit them, for functions made here cannot be sent."""
+
+
+def _run(trial: Trial) -> tuple[Trial, float]:
+    return trial, validation_loss(trial, _MAKERS[trial.optimizer])
+
+
 class Trials:
     """Runs trials on several processes and keeps what came out in a file, so that a second call is free."""
 
@@ -97,14 +105,12 @@ class Trials:
             for trial in missing:
                 self._keep(trial, validation_loss(trial, self.table[trial.optimizer]))
         elif missing:
+            _MAKERS.update(self.table)
             with multiprocessing.get_context("fork").Pool(self.num_processes) as pool:
-                for trial, loss in pool.imap_unordered(self._run, missing):
+                for trial, loss in pool.imap_unordered(_run, missing):
                     self._keep(trial, loss)
                     print(f"{trial.optimizer} lr {trial.lr:g} seed {trial.seed}: {loss:.4f}", flush=True)
         return {trial: json.loads(self._path(trial).read_text())["loss"] for trial in trials}
-
-    def _run(self, trial: Trial) -> tuple[Trial, float]:
-        return trial, validation_loss(trial, self.table[trial.optimizer])
 
     def _keep(self, trial: Trial, loss: float) -> None:
         self._path(trial).write_text(json.dumps({"trial": asdict(trial), "loss": loss}) + "\n")

@@ -378,3 +378,31 @@ def test_a_rate_in_a_tensor_is_shared_by_all_groups():
     rate.fill_(0.0)
     train(model, optimizer, steps=[0])
     assert equal(list(model.parameters()), before)
+
+
+MOST_BYTES_A_WEIGHT = {"smmf": 0.15, "apollo-mini": 0.2, "apollo": 1.1}
+"""Of a whole model, embeddings and head included; AdamW has 8."""
+
+
+@pytest.mark.parametrize("name", MOST_BYTES_A_WEIGHT)
+def test_the_60m_model_of_the_papers_trains_with_state_next_to_nothing(name):
+    hidden, inner, rows = 512, 1376, 32000
+    shapes = {"embedding.weight": (rows, hidden), "head.weight": (rows, hidden)}
+    for block in range(8):
+        for part in ("query", "key", "value", "output"):
+            shapes[f"blocks.{block}.attention.{part}.weight"] = (hidden, hidden)
+        shapes |= {f"blocks.{block}.feed_forward.{part}.weight": (inner, hidden) for part in ("gate", "up")}
+        shapes[f"blocks.{block}.feed_forward.down.weight"] = (hidden, inner)
+    # One element expanded: the shell looks at shapes only before the first step.
+    params = {key: nn.Parameter(torch.zeros(()).expand(shape)) for key, shape in shapes.items()}
+    kinds = {key: "smmf" if rows in shape else name for key, shape in shapes.items()}
+    rule = {"smmf": "smmf", "apollo": "apollo", "apollo-mini": "apollo"}
+    groups = [
+        {"params": [(key, params[key]) for key in shapes if kinds[key] == kind], "kind": rule[kind]}
+        for kind in dict.fromkeys(kinds.values())
+    ]
+    settings = {"rank": 128} if name == "apollo" else {}
+    optimizer = {"smmf": SMMF, "apollo": APOLLO, "apollo-mini": APOLLOMini}[name](groups, lr=1e-3, **settings)
+    optimizer.materialize_state()
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    assert held / sum(p.numel() for p in params.values()) <= MOST_BYTES_A_WEIGHT[name]

@@ -17,6 +17,8 @@ from hardy.optim._sharded import Round, Shard, local_part, own_columns
 
 Group = dict[str, Any]
 
+TEMPORARY_BYTES = 32 * 2**20
+"""What a step may hold between its rounds at a time; parameters beyond that wait for the next batch."""
 SHARED_DEFAULTS: Mapping[str, Any] = {
     "lr": 1e-3,
     "weight_decay": 0.0,

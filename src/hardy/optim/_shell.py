@@ -16,6 +16,7 @@ from hardy.ops.philox import canonical_name, key_for
 from hardy.ops.updates import choose_backend
 from hardy.optim._rule import (
     SHARED_DEFAULTS,
+    TEMPORARY_BYTES,
     Bundle,
     Group,
     Member,
@@ -32,8 +33,6 @@ from hardy.optim.release import GradientRelease
 
 log = logging.getLogger(__name__)
 
-TEMPORARY_BYTES = 32 * 2**20
-"""What a step may hold between its rounds at a time; parameters beyond that wait for the next batch."""
 _ABOUT_GROUP = frozenset({"params", "param_names", "kind", "role", "calls", "initial_lr"})
 """Keys of a group that are not settings of its kind."""
 

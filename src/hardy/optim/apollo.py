@@ -25,11 +25,11 @@ from torch import Tensor
 
 from hardy.ops.lowrank import length_ratio, limit_growth, remember_norm
 from hardy.ops.quantize import requantize_step
-from hardy.ops.updates import MomentTask, Place, Rounding, ScaleTask, SketchTask
+from hardy.ops.updates import Place, Rounding, ScaleTask
 from hardy.optim._geometry import Geometry, geometry_of, is_stack
-from hardy.optim._projections import bases_of
-from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, require, table
-from hardy.optim._sharded import Gather, Round, Scatter, Shard, Sum
+from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, require
+from hardy.optim._sharded import Gather, Round, Shard, Sum
+from hardy.optim._sketches import matrices_of, sketch_bytes, sketch_round, update_moments
 from hardy.optim.adaptive import as_swept, check_betas
 from hardy.optim.int8_linear import VirtualWeight
 
@@ -112,20 +112,18 @@ class ApolloRule(Rule):
 
     def temporary_bytes(self, member: Member) -> int:
         """Hold the local sketch, and what is sent of it."""
-        shape = geometry_of(member.shard, member.group, member.name)
-        copies = 2 if shape.scattered is not None or shape.summed else 1
-        return 4 * copies * shape.stack * (shape.rank + 1) * shape.local_channels
+        return sketch_bytes(geometry_of(member.shard, member.group, member.name))
 
     def update(self, bundle: Bundle) -> Iterator[Round]:
         """Take one step: sketch, sum; moments and factors, sum; gather factors, scale the gradient."""
         group, geometry = bundle.group, geometry_of(bundle.members[0].shard, bundle.group, "")
-        sketch, squares, norm = yield from _sketch_round(bundle, geometry)
+        sketch, squares, norm = yield from sketch_round(bundle, geometry)
         inverse_scale = bundle.inverse_scale()
         norm = norm * inverse_scale * inverse_scale
         active = norm.isfinite() & (norm != 0 if group["zero_grad"] == "skip" else _moves(norm, group["lr"]))
         active = active.to(bundle.dtype) * bundle.allowed()
         bundle.moved = norm != 0
-        before, after, step = _moments(bundle, geometry, sketch, active)
+        before, after, step = update_moments(bundle, geometry, sketch, active)
         del sketch
         squares = squares * inverse_scale * inverse_scale
         alpha = math.sqrt(geometry.contracted / geometry.rank) if group["scale"] == "auto" else group["scale"]
@@ -181,78 +179,6 @@ _CHOICES = {
 }
 
 
-def _matrix(tensor: Tensor, geometry: Geometry) -> Tensor:
-    return tensor.view(geometry.stack, geometry.rows, geometry.cols)
-
-
-def _sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
-    """Sketch all gradients; return sketches of own channels, their squares, and the whole squared norms."""
-    count, stack, rank = len(bundle.members), geometry.stack, geometry.rank
-    tall, channels = geometry.contracts == "cols", geometry.local_channels
-    like = torch.empty((), dtype=bundle.dtype, device=bundle.device)
-    sketch = like.new_zeros(count, stack, *((channels, rank) if tall else (rank, channels)))
-    squares = like.new_zeros(count, stack, channels)
-    tasks = []
-    for index, (member, grad) in enumerate(zip(bundle.members, bundle.grads, strict=True)):
-        bases = bases_of(bundle, member, geometry, grad)
-        if grad is None or grad.numel() == 0:
-            continue
-        for level in range(stack):
-            tasks.append(
-                SketchTask(
-                    grad=_matrix(grad, geometry)[level],
-                    projection_KR=bases(level),
-                    contracts=geometry.contracts,
-                    sketch=sketch[index, level],
-                    squares=squares[index, level],
-                )
-            )
-    bundle.backend.sketch(tasks)
-    norms = torch.cat([squares.sum(-1), bundle.present().unsqueeze(-1)], dim=-1)
-    wanted = Round(sums=[Sum(norms, geometry.channel_splits + geometry.summed)])
-    if geometry.scattered is not None:
-        rows = sketch.transpose(-1, -2) if tall else sketch
-        scatter = Scatter(
-            torch.cat([rows.reshape(-1, channels), squares.view(-1, channels)]), geometry.scattered
-        )
-        wanted.scatters.append(scatter)
-        yield wanted
-        own = scatter.result.shape[-1]
-        sketch = scatter.result[: count * stack * rank].view(count, stack, rank, own)
-        sketch = sketch.transpose(-1, -2).contiguous() if tall else sketch
-        squares = scatter.result[count * stack * rank :].view(count, stack, own)
-    else:
-        wanted.sums += [Sum(sketch, geometry.summed), Sum(squares, geometry.summed)]
-        yield wanted
-    return sketch, squares, torch.where(norms[:, -1:] > 0, norms[:, :-1], 0)
-
-
-def _moments(bundle: Bundle, geometry: Geometry, sketch: Tensor, active: Tensor) -> tuple[Tensor, ...]:
-    """Update the sketches' moments; return squared norms of channels before and after, and the new step."""
-    group, tall = bundle.group, geometry.contracts == "cols"
-    own = sketch.shape[-2] if tall else sketch.shape[-1]
-    before, after = sketch.new_zeros(2, *active.shape, own)
-    inverse = bundle.inverse_scale() / (1.0 if group["proj"] == "svd" else math.sqrt(geometry.rank))
-    coefficients = table([active, *group["betas"], group["eps"], inverse], like=active)
-    tasks = [
-        MomentTask(
-            sketch=sketch[index, level],
-            exp_avg=member.local["exp_avg"].view(geometry.stack, *sketch.shape[2:])[level],
-            exp_avg_sq=member.local["exp_avg_sq"].view(geometry.stack, *sketch.shape[2:])[level],
-            channels="rows" if tall else "cols",
-            coefficients=coefficients[index, level],
-            before=before[index, level],
-            after=after[index, level],
-        )
-        for index, member in enumerate(bundle.members)
-        for level in range(geometry.stack)
-        if own > 0
-    ]
-    bundle.backend.moments(tasks)
-    step = bundle.stacked("step").view(active.shape)
-    return before, after, step + active.to(step.dtype)
-
-
 def _bias_correction(step: Tensor, group: Group, dtype: torch.dtype) -> Tensor | float:
     """Return sqrt(1 - b2^t) / (1 - b1^t); taken in fp64, where 1 - b2 keeps its digits."""
     if not group["bias_correction"]:
@@ -294,8 +220,8 @@ def _scale(bundle: Bundle, geometry: Geometry, factor: Tensor, active: Tensor, s
         for level in range(geometry.stack):
             tasks.append(
                 ScaleTask(
-                    param=_matrix(bundle.params[index], geometry)[level],
-                    grad=_matrix(grad, geometry)[level],
+                    param=matrices_of(bundle.params[index], geometry)[level],
+                    grad=matrices_of(grad, geometry)[level],
                     factor=factor[index, level],
                     along=along,
                     keep=keep[index, level],

@@ -181,16 +181,16 @@ class RuleConfig(SharedConfig):
     backend: Literal["auto", "foreach", "native", "triton"] = "auto"
     """Who does the sweeps; auto is the fastest that can run on the device."""
     release: bool = False
-    """Whether each parameter is updated inside the backward pass and its gradient dropped there; then there is
-    no global norm, so clip_norm must be none. One worker, or shards."""
+    """Whether each parameter is updated inside the backward pass and its gradient dropped there; then there
+    is no global norm, so clip_norm must be none. One worker, or shards."""
 
     def __post_init__(self) -> None:
         """Refuse to release gradients that something still wants to see together."""
         super().__post_init__()
         if self.release and (self.clip_norm is not None or self.guard.history != "off"):
             raise ConfigError(
-                "optim.release=true drops each gradient before all are known; set optim.clip_norm to none and "
-                "optim.guard.history to off"
+                "optim.release=true drops each gradient before all are known; set optim.clip_norm to none "
+                "and optim.guard.history to off"
             )
 
 

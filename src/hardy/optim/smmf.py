@@ -71,6 +71,8 @@ class SMMFRule(Rule):
 
     def specs(self, shard: Shard, dtype: torch.dtype, group: Group, name: str) -> dict[str, StateSpec]:
         """Keep factors, the same on all workers, and signs, cut as the parameter is."""
+        if 0 in shard.shape:
+            raise ValueError(f"{name} of shape {shard.shape} has no elements; leave it out of the groups")
         specs = {"step": StateSpec(shape=(), dtype=torch.float32)}
         if _is_dense(shard.shape, group):
             moments = ("exp_avg_sq",) if group["beta1"] is None else ("exp_avg", "exp_avg_sq")
