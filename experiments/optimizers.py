@@ -55,10 +55,10 @@ GRIDS = {
     "adagrad": (5e-3, 1e-2, 2e-2, 4e-2),
     "rmsprop": (5e-4, 1e-3, 2e-3, 4e-3),
     "adam": (1e-3, 2e-3, 4e-3, 8e-3),
-    "adafactor": (1e-2, 2e-2, 4e-2, 8e-2),
-    "galore": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "adafactor": (2e-2, 4e-2, 8e-2, 1.6e-1),
+    "galore": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     "adaptive_adamw": (1e-3, 2e-3, 4e-3, 8e-3),
-    "apollo": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "apollo": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     "apollo-mini": (2e-3, 4e-3, 8e-3, 1.6e-2),
     "smmf": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
 }

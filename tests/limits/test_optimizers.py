@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hardy.ops.factorize import matrix_shape
-from hardy.ops.philox import key_for, normals, signs
+from hardy.ops.philox import key_for, normals, signs, words
 from hardy.optim.optimizers import APOLLO, SMMF, AdaptiveAdamW, APOLLOMini
 from hardy.reference import adaptive as adaptive_twin
 from hardy.reference import apollo as apollo_twin
@@ -350,3 +350,35 @@ def test_released_gradients_give_the_bits_of_the_ordinary_step(make, accumulate)
         assert torch.equal(value, ends[1][0][name]), name
     assert ends[0][1]["param_groups"] == ends[1][1]["param_groups"]
     torch.testing.assert_close(ends[0][1]["state"], ends[1][1]["state"], rtol=0, atol=0)
+
+
+ROUNDED = {
+    "adamw": lambda named, **kw: AdaptiveAdamW(named, **kw),
+    "smmf": lambda named, **kw: SMMF(named, **kw),
+    "apollo": lambda named, **kw: APOLLO(named, rank=2, proj="rademacher", **kw),
+}
+"""Random signs are exact in bf16, so the step in fp32 is that of fp32 weights."""
+
+
+@pytest.mark.parametrize("backend", ["foreach", "auto"])
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [(rule, shape) for rule in ROUNDED for shape in [(6, 10), (3, 4, 5)]] + [("adamw", (7,)), ("smmf", (7,))],
+    ids=str,
+)
+def test_bf16_weights_are_fp32_weights_rounded_by_the_documented_numbers(rule, shape, backend):
+    """Words are those of (seed, name, step, flat index)."""
+    generator = torch.Generator().manual_seed(0)
+    low = nn.Parameter(torch.randn(shape, generator=generator).bfloat16())
+    wide = nn.Parameter(low.detach().float())
+    optimizers = [ROUNDED[rule]([("weight", p)], lr=0.02, backend=backend, seed=3) for p in (low, wide)]
+    key = key_for(3, "weight", purpose="hardy.sr.v1")
+    for step in range(1, 4):
+        low.grad = torch.randn(shape, generator=generator).bfloat16()
+        wide.grad = low.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+        bits = words(key, start=0, count=low.numel(), third=step).view(shape) >> 16
+        rounded = (wide.detach().view(torch.int32) + bits.int()) & -0x10000
+        assert torch.equal(low.detach().float(), rounded.view(torch.float32)), step
+        wide.data.copy_(low.detach())

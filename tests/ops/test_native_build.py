@@ -148,7 +148,16 @@ def test_a_cached_file_that_is_no_library_is_replaced(source, tmp_path):
 
 def test_where_the_cache_cannot_be_written_the_library_serves_this_process(source, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    assert load_library([source], cache_dir=tmp_path / "file").answer() == 42
+    for cache in (tmp_path / "file", None):
+        assert load_library([source], cache_dir=cache).answer() == 42
+
+
+def test_a_missing_source_and_a_library_that_cannot_be_loaded_are_named(source, tmp_path, compiler):
+    with pytest.raises(BuildError, match=r"missing\.hpp cannot be read \(.*\); install hardy again"):
+        load_library([source, tmp_path / "missing.hpp"], cache_dir=tmp_path)
+    rubbish = compiler('[ "$1" = --version ] && echo 1 && exit\nfor last; do :; done\necho rubbish > "$last"')
+    with pytest.raises(BuildError, match="the compiled library cannot be loaded from"):
+        load_library([source], cache_dir=tmp_path / "cache", compilers=[rubbish])
 
 
 def test_two_processes_may_compile_at_once(source, tmp_path):
@@ -201,6 +210,17 @@ def test_the_cache_folder_can_be_chosen(fresh_library, tmp_path, monkeypatch):
     native_build.use_cache_dir(tmp_path)
     native_build.library()
     assert seen == [Path("~/.cache/hardy").expanduser(), tmp_path]
+
+
+def test_a_user_without_a_home_has_no_cache(fresh_library, monkeypatch):
+    def homeless(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    seen = []
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(native_build, "load_library", lambda sources, *, cache_dir: seen.append(cache_dir))
+    native_build.library()
+    assert seen == [None]
 
 
 def test_all_included_files_are_part_of_the_key():

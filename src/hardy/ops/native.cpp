@@ -1,10 +1,11 @@
 // The sweeps of updates.py for CPUs: what `updates_native` calls. Compiled on first use by `native_build`.
 //
-// Each function takes a table: one row of 64-bit words (addresses, sizes, flags) for a task, in the order of the
-// task's struct. Numbers that training makes (learning rate, step) stand in tensors and are read here, so that no
-// host code waits for them. All return 0, or 1 when memory ran out.
+// Each function takes a table: one row of 64-bit words (addresses, sizes, flags) for a task, in the order of
+// the task's struct. Numbers that training makes (learning rate, step) stand in tensors and are read here, so
+// that no host code waits for them. All return 0, or 1 when memory ran out.
 //
-// NaN and infinity follow IEEE rules: only sums may be reordered, and only where a loop says so (omp simd reduction).
+// NaN and infinity follow IEEE rules: only sums may be reordered, and only where a loop says so (omp simd
+// reduction).
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -27,7 +28,7 @@ void for_runs(int64_t cols, int64_t begin, int64_t end, const Work &work) {
   }
 }
 
-// ---- APOLLO's second sweep ------------------------------------------------------------------------------------
+// ---- APOLLO's second sweep --------------------------------------------------------------------------------
 
 enum Along : int64_t { ALL = 0, ROWS = 1, COLS = 2 };
 
@@ -63,7 +64,7 @@ LOOP void scale_run(const ScaleTask &task, int64_t i, int64_t j, int64_t n) {
   store(task.weights, i, j, n, w);
 }
 
-// ---- AdamW ----------------------------------------------------------------------------------------------------
+// ---- AdamW ------------------------------------------------------------------------------------------------
 
 struct AdamNumbers {  // AdamTask.coefficients
   float active, beta1, beta2, step_size, root_scale, eps, keep, l2, inverse_scale;
@@ -97,7 +98,7 @@ LOOP void adam_run(const AdamTask &task, int64_t i, int64_t j, int64_t n) {
   store(task.weights, i, j, n, w);
 }
 
-// ---- SMMF -----------------------------------------------------------------------------------------------------
+// ---- SMMF -------------------------------------------------------------------------------------------------
 
 void begin_sweep(const SweepTask &task, SweepProgress &progress, int64_t parts) {
   const bool momentum = task.row_m != nullptr;
@@ -163,8 +164,8 @@ EXPORT void native_row_bytes(int64_t *out) {
   std::copy(std::begin(sizes), std::end(sizes), out);
 }
 
-// From now on work runs on the threads of the OpenMP library that torch has loaded; 0 when there is none. A forked
-// child has none of these threads, so it makes its own.
+// From now on work runs on the threads of the OpenMP library that torch has loaded; 0 when there is none. A
+// forked child has none of these threads, so it makes its own.
 EXPORT int native_use_openmp(int wanted) {
   static const int watching = pthread_atfork(nullptr, nullptr, [] { borrowed_threads = nullptr; });
   if (watching) return 0;

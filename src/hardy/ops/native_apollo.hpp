@@ -1,5 +1,5 @@
-// APOLLO's work on a gradient and its sketch (paper 2412.05270; formulas at updates.SketchTask and MomentTask), for
-// native.cpp. Letters: K contracted length, C channels, R rank.
+// APOLLO's work on a gradient and its sketch (paper 2412.05270; formulas at updates.SketchTask and
+// MomentTask), for native.cpp. Letters: K contracted length, C channels, R rank.
 #pragma once
 
 #include "native_threads.hpp"
@@ -9,7 +9,8 @@ namespace hardy {
 
 constexpr int64_t FLUSH_SUMS = 64;  // fp32 sums of this many rows are added up in fp64
 
-// Columns of a panel that one thread walks down: all threads have equally many, and rows are read in long runs.
+// Columns of a panel that one thread walks down: all threads have equally many, and rows are read in long
+// runs.
 inline int64_t panel_width(int64_t cols, int64_t threads) {
   const int64_t panels = ((cols + BLOCK - 1) / BLOCK + threads - 1) / threads * threads;
   return std::min(BLOCK, std::max<int64_t>(512, (cols / std::max<int64_t>(1, panels) + 64) / 64 * 64));

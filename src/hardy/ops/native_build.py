@@ -14,7 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,17 @@ def library() -> ctypes.CDLL | None:
     The first call on a machine compiles, which takes a core about 5 seconds.
     """
     try:
-        return load_library(SOURCES, cache_dir=_Settings.cache_dir or Path("~/.cache").expanduser() / "hardy")
+        return load_library(SOURCES, cache_dir=_Settings.cache_dir or _user_cache())
     except BuildError as error:
         logger.warning("optimizers on the CPU use torch operations, which are slower: %s", error)
+        return None
+
+
+def _user_cache() -> Path | None:
+    """Return ~/.cache/hardy; None for a user without a home."""
+    try:
+        return Path("~/.cache/hardy").expanduser()
+    except RuntimeError:
         return None
 
 
@@ -91,7 +99,7 @@ def use_openmp_threads(*, wanted: bool) -> bool:
 def load_library(
     sources: Sequence[Path],
     *,
-    cache_dir: Path,
+    cache_dir: Path | None,
     compilers: Sequence[str] = COMPILERS,
     machine_flags: Sequence[Sequence[str]] = MACHINE_FLAGS,
 ) -> ctypes.CDLL:
@@ -99,36 +107,50 @@ def load_library(
 
     Args:
         sources: The first is compiled; the others are the headers it includes.
-        cache_dir: The library lies in its folder `native`. Where that cannot be written, it is compiled for
-            this process alone.
+        cache_dir: The library lies in its folder `native`. Where there is none or it cannot be used, the
+            library is compiled for this process alone.
         compilers: Commands, the first that exists is used.
         machine_flags: Sets of flags, tried in order until one compiles.
 
     Raises:
-        BuildError: there is no compiler, or it refused the source with every set of flags.
+        BuildError: there is no compiler, it refused the source with every set of flags, a source is missing,
+            or what was compiled cannot be loaded.
     """
     compiler = next((found for name in compilers if (found := shutil.which(name))), None)
     if compiler is None:
         raise BuildError(f"no C++ compiler was found ({' or '.join(compilers)}); install one, such as g++")
     name = f"hardy-{_key(sources, compiler, machine_flags)}.so"
-    folder = cache_dir / "native"
-    ready = folder / name
+
+    def build(folder: Path) -> Path:
+        _compile(sources[0], folder / name, compiler, machine_flags)
+        return folder / name
+
+    if cache_dir is not None:
+        try:
+            return _cached(cache_dir / "native" / name, build)
+        except OSError as error:
+            logger.info("the compiled library cannot be kept in %s and is made anew: %s", cache_dir, error)
+    try:
+        with tempfile.TemporaryDirectory() as work:
+            return ctypes.CDLL(str(build(Path(work))))  # stays loaded when its file is gone
+    except OSError as error:
+        raise BuildError(
+            f"the compiled library cannot be loaded from {tempfile.gettempdir()}: {error}"
+        ) from error
+
+
+def _cached(ready: Path, build: Callable[[Path], Path]) -> ctypes.CDLL:
+    """Return the library at `ready`, put there first where it is missing or damaged."""
     if ready.exists():
         try:
             return ctypes.CDLL(str(ready))
         except OSError as error:
             logger.info("the cached library %s cannot be loaded and is compiled again: %s", ready, error)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as work:
-            _compile(sources[0], Path(work) / name, compiler, machine_flags)
-            os.replace(Path(work) / name, ready)
-        return ctypes.CDLL(str(ready))
-    except OSError as error:
-        logger.info("%s cannot hold the compiled library: %s; it is compiled for this process", folder, error)
-    with tempfile.TemporaryDirectory() as work:
-        _compile(sources[0], Path(work) / name, compiler, machine_flags)
-        return ctypes.CDLL(str(Path(work) / name))  # stays loaded when its file is gone
+    logger.info("compiling %s, once for this machine", ready.name)
+    ready.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=ready.parent) as work:
+        os.replace(build(Path(work)), ready)
+    return ctypes.CDLL(str(ready))
 
 
 def _key(sources: Sequence[Path], compiler: str, machine_flags: Sequence[Sequence[str]]) -> str:
@@ -138,7 +160,12 @@ def _key(sources: Sequence[Path], compiler: str, machine_flags: Sequence[Sequenc
         _version_of(compiler),
         _processor(),
     ]
-    parts += [source.read_text(encoding="utf-8") for source in sources]
+    try:
+        parts += [source.read_text(encoding="utf-8") for source in sources]
+    except OSError as error:
+        raise BuildError(
+            f"{error.filename} cannot be read ({error.strerror}); install hardy again"
+        ) from error
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -170,7 +197,7 @@ def _compile(source: Path, target: Path, compiler: str, machine_flags: Sequence[
         done = _run([compiler, *COMMON_FLAGS, *flags, str(source), "-o", str(target)])
         if done.returncode == 0 and target.exists():
             return
-        message = message or done.stderr or f"exit status {done.returncode}"
+        message = done.stderr or f"exit status {done.returncode}"
     raise BuildError(f"{compiler} could not compile {source.name}: {_first_lines(message)}")
 
 

@@ -2,8 +2,8 @@
 
 An operator takes the tensors of many tasks in lists and says in its schema which it writes, so that whatever
 watches operators (a counter of bytes, a compiler) sees the reads and writes of full tensors. It makes a table
-of addresses and sizes and calls C++ once, without Python's lock. Weights and gradients are fp32 or bf16, the rest
-is fp32 and contiguous; `updates_native` sees to that.
+of addresses and sizes and calls C++ once, without Python's lock. Weights and gradients are fp32 or bf16, the
+rest is fp32 and contiguous; `updates_native` sees to that.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ WORDS = {"sketch": 12, "moments": 9, "scale": 18, "sweep": 27, "adam": 19}
 """64-bit words of a row of each table; the compiled library must agree."""
 ONE_PASS_RANK = 8
 """Below this rank a sketch is made in one pass of our own; from here on by matrix products."""
-CHUNK_BYTES = 1 << 20
-"""Of a gradient as fp32, per thread: what is squared and multiplied while it is in cache."""
+COPY_BYTES = 16 << 20
+"""Of a bf16 gradient as fp32: what is converted and multiplied at a time."""
 LIBRARY: Any = torch.library.Library("hardy", "FRAGMENT")
 """Keeps the operators alive."""
 _WRITTEN = "Tensor(a!)[] params, Tensor[] grads"
@@ -134,10 +134,10 @@ def _rounding(
 def _sketch_row(tensors: Sequence[Tensor | None], by_columns: int, *, add: int = 0) -> list[int]:
     """Return the struct SketchTask of gradient, squares and, where wanted, projection, sketch, fp32 copy."""
     grad, squares, projection, sketch, _ = tensors
-    assert grad is not None and squares is not None and len(squares) == grad.shape[by_columns]
+    assert grad is not None and squares is not None and squares.numel() == grad.shape[by_columns]
     rank = 0 if projection is None else projection.shape[1]
-    assert projection is None or len(projection) == grad.shape[1 - by_columns]
-    assert sketch is None or sketch.numel() == rank * len(squares)
+    assert projection is None or projection.shape[0] == grad.shape[1 - by_columns]
+    assert sketch is None or sketch.numel() == rank * squares.numel()
     to_squares, *others = (0 if x is None else x.data_ptr() for x in tensors[1:])
     return [
         *(grad.data_ptr(), grad.stride(0), _half(grad), *grad.shape, others[0], rank, by_columns),
@@ -168,24 +168,32 @@ def _sketch(
 def _sketch_by_products(
     grad: Tensor, projection: Tensor, sketch: Tensor, squares: Tensor, by_columns: int
 ) -> None:
-    """Square and multiply bands of rows while they are in cache; bf16 as fp32, which is much faster here."""
+    """Square in one pass and multiply in another: torch's product is fastest on the whole matrix.
+
+    Cut into bands that stay in cache it takes three to nine times as long: each band packs the projection
+    again, and waits for threads that our own have pushed aside. bf16 is multiplied as fp32, which is much
+    faster here, in bands as large as the copy may be.
+    """
     rows, cols = grad.shape
-    height = max(1, CHUNK_BYTES * torch.get_num_threads() // (4 * max(cols, 1)))
-    if by_columns:
-        height = max(height, 4 * projection.shape[1])  # each band costs a pass over the sketch
+    half = _half(grad)
+    height = max(1, COPY_BYTES // (4 * max(cols, 1))) if half else max(rows, 1)
+    converted = grad.new_empty(min(height, rows), cols, dtype=torch.float32) if half else None
+    if by_columns and not 0 < rows <= height:
         sketch.zero_()
         squares.zero_()
-    converted = grad.new_empty(min(height, rows), cols, dtype=torch.float32) if _half(grad) else None
     for begin in range(0, rows, height):
         band = grad[begin : begin + height]
         copy = None if converted is None else converted[: len(band)]
         own_squares = squares if by_columns else squares[begin : begin + height]
-        _call("sketch", _sketch_row([band, own_squares, None, None, copy], by_columns, add=1))
+        add = int(bool(by_columns) and rows > height)
+        _call("sketch", _sketch_row([band, own_squares, None, None, copy], by_columns, add=add))
         values = band if copy is None else copy
-        if by_columns:
+        if not by_columns:
+            torch.mm(values, projection[:cols], out=sketch[begin : begin + height])
+        elif rows > height:
             sketch.addmm_(projection[begin : begin + height].T, values)
         else:
-            torch.mm(values, projection, out=sketch[begin : begin + height])
+            torch.mm(projection.T, values, out=sketch)
 
 
 def _moments(
@@ -201,7 +209,7 @@ def _moments(
     tasks = zip(sketches, exp_avgs, exp_avg_sqs, coefficients, before, after, by_columns, strict=True)
     for sketch, exp_avg, exp_avg_sq, numbers, *sums, axis in tasks:
         assert sketch.shape == exp_avg.shape == exp_avg_sq.shape and numbers.numel() == 5
-        assert len(sums[0]) == len(sums[1]) == sketch.shape[axis]
+        assert sums[0].numel() == sums[1].numel() == sketch.shape[axis]
         table += [*(x.data_ptr() for x in (sketch, exp_avg, exp_avg_sq)), *sketch.shape, axis]
         table += [x.data_ptr() for x in (numbers, *sums)]
     _call("moments", table)
@@ -242,13 +250,14 @@ def _sweep(
     for index, (param, grad, out) in enumerate(zip(params, grads, sums, strict=True)):
         *place, packed, skips = numbers[6 * index : 6 * index + 6]
         *vectors, coefficients = factors[count * index : count * (index + 1)]
-        height, width = len(vectors[-2]), len(vectors[-1])
-        assert coefficients.numel() == 9 and len(out) == (count // 2) * (height + width) + 1
-        assert [len(x) for x in vectors] == [height, width] * (count // 2)
+        height, width = vectors[-2].numel(), vectors[-1].numel()
+        assert coefficients.numel() == 9 and out.numel() == (count // 2) * (height + width) + 1
+        assert [x.numel() for x in vectors] == [height, width] * (count // 2)
         rows, cols = param.shape
         assert place[2] + (rows - 1) * place[3] + cols <= height * width or not param.numel()
         sign, packed = _sign_words(signs[index], packed, param) if signs else ([0, 0], 0)
-        # Whether rows are one row must not depend on how signs are kept, or sums would differ in their last bits.
+        # Whether rows are one row must not depend on how signs are kept, or sums would differ in their last
+        # bits.
         bytes_meet = cols % 8 == 0 or cols == 1 or rows == 1
         gaps = signs and rows > 1 and sign[1] != cols // (8 if packed else 1)
         flat = _flat([param, grad, *rests[index : index + 1]], place[3]) if bytes_meet and not gaps else 0

@@ -1,8 +1,8 @@
 // SMMF's sweep (paper 2412.08894; the formulas stand at updates.SweepTask), for native.cpp.
 //
-// Element k of the whole tensor stands in row i = k / width, column j = k % width of the matrix. A piece walks its
-// elements once, in runs of constant tensor row and matrix row. Column sums gather in fp32 for some 64 matrix
-// rows and then in fp64; a matrix row that two pieces share is added up in order of the pieces.
+// Element k of the whole tensor stands in row i = k / width, column j = k % width of the matrix. A piece
+// walks its elements once, in runs of constant tensor row and matrix row. Column sums gather in fp32 for some
+// 64 matrix rows and then in fp64; a matrix row that two pieces share is added up in order of the pieces.
 #pragma once
 
 #include "native_threads.hpp"
@@ -27,8 +27,8 @@ struct SweepTask {
 };
 
 constexpr int64_t FLUSH_ROWS = 64;
-// Elements between two arrays that are walked side by side: at a distance of 4096 bytes processors take a load for
-// one that waits for the store before it.
+// Elements between two arrays that are walked side by side: at a distance of 4096 bytes processors take a
+// load for one that waits for the store before it.
 constexpr int64_t GAP = 240;
 
 struct RowSum {
@@ -175,7 +175,8 @@ class SweepPiece {
     const int64_t width = task_.width, start = task_.weights.base + row * task_.weights.place_stride;
     int64_t i = (start + begin) / width, j = (start + begin) % width;
     while (begin < end) {
-      // Two rows share no byte of signs when both begin on one. The same without bytes, so that sums come out alike.
+      // Two rows share no byte of signs when both begin on one. The same without bytes, so that sums come out
+      // alike.
       const bool whole_bytes = begin % 8 == 0 && width % 8 == 0;
       if (j == 0 && end - begin >= 2 * width && whole_bytes) {
         steps<2>(row, begin, i, j, width);

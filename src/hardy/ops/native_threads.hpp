@@ -1,8 +1,8 @@
 // Numbered pieces of work on a few threads, for native.cpp.
 //
-// A piece may depend on nothing but its number: which thread takes which piece is left to chance, so that a core
-// that is busy with something else holds up one piece and not its whole share. Threads are made for a call and
-// joined before it returns, so a process may fork between calls.
+// A piece may depend on nothing but its number: which thread takes which piece is left to chance, so that a
+// core that is busy with something else holds up one piece and not its whole share. Threads are made for a
+// call and joined before it returns, so a process may fork between calls.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,8 @@ constexpr int64_t MOST_PIECES = 32;        // of one tensor; each may hold sums 
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // elements; below, waking a thread costs what it saves
 
 using OpenMPParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);
-// GOMP_parallel of the OpenMP library that torch has loaded, when native_use_openmp was told to borrow its threads.
+// GOMP_parallel of the OpenMP library that torch has loaded, when native_use_openmp was told to borrow its
+// threads.
 inline OpenMPParallel borrowed_threads = nullptr;
 
 // Calls work(piece) for piece = 0 ... pieces - 1; false when memory ran out.
@@ -56,8 +57,8 @@ bool run_pieces(int64_t pieces, int64_t threads, const Work &work) {
   return !failed;
 }
 
-// Calls work(task, index, part, parts) for every part of every task, in order of the tasks; 0, or 1 when memory
-// ran out. A task is cut into parts_of(task) parts and has elements_of(task) elements.
+// Calls work(task, index, part, parts) for every part of every task, in order of the tasks; 0, or 1 when
+// memory ran out. A task is cut into parts_of(task) parts and has elements_of(task) elements.
 template <class Task, class PartsOf, class ElementsOf, class Work>
 int over_tasks(const int64_t *table, int64_t count, int64_t threads, const PartsOf &parts_of,
                const ElementsOf &elements_of, const Work &work) {

@@ -1,7 +1,7 @@
 // Random words, bf16 numbers and rounding, for native.cpp.
 //
-// Philox4x32-10: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Which word belongs to which
-// element, and how words round or become normal numbers, is said in philox.py and in updates.Rounding.
+// Philox4x32-10: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011. Which word belongs to
+// which element, and how words round or become normal numbers, is said in philox.py and in updates.Rounding.
 #pragma once
 
 #include <cmath>
@@ -13,14 +13,14 @@
 
 namespace hardy {
 
-// A function with a marked loop stays one: copies that GCC makes when it inlines lose the mark and run element by
-// element.
+// A function with a marked loop stays one: copies that GCC makes when it inlines lose the mark and run
+// element by element.
 #define LOOP __attribute__((noinline))
 
 constexpr int64_t BLOCK = 4096;  // elements worked on at a time
 constexpr int64_t SUM_LENGTH = 1024;  // elements that are added up in fp32, in a vector of sums; then in fp64
 
-// ---- Philox -------------------------------------------------------------------------------------------------
+// ---- Philox -----------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
 constexpr int LANES = 8;
@@ -83,7 +83,8 @@ inline void philox(uint32_t *out, uint64_t first, int64_t counters, uint32_t thi
   }
 }
 
-// Returns where in `room` (WORDS_ROOM words) the words of flat indices start ... start + n - 1 begin; n <= BLOCK.
+// Returns where in `room` (WORDS_ROOM words) the words of flat indices start ... start + n - 1 begin; n <=
+// BLOCK.
 inline const uint32_t *words_of(uint32_t *room, uint64_t start, int64_t n, uint32_t third, uint32_t fourth,
                                 uint64_t key) {
   const uint64_t first = start / 4;
@@ -91,7 +92,7 @@ inline const uint32_t *words_of(uint32_t *room, uint64_t start, int64_t n, uint3
   return room + start % 4;
 }
 
-// ---- bf16 ---------------------------------------------------------------------------------------------------
+// ---- bf16 -------------------------------------------------------------------------------------------------
 
 inline uint32_t bits_of(float x) {
   uint32_t bits;
@@ -120,7 +121,7 @@ inline uint16_t stochastic_bf16(float x, uint32_t word) {
   return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-// ---- What a task says about its tensors; each member is one word of the table --------------------------------
+// ---- What a task says about its tensors; each member is one word of the table -----------------------------
 
 enum Mode : int64_t { NEAREST = 0, STOCHASTIC = 1, KAHAN = 2 };
 
@@ -183,7 +184,7 @@ inline void store(const Weights &weights, int64_t i, int64_t j, int64_t n, const
   for (int64_t k = 0; k < n; k++) out[k] = nearest_bf16(values[k]);
 }
 
-// ---- Normal numbers -------------------------------------------------------------------------------------------
+// ---- Normal numbers ---------------------------------------------------------------------------------------
 
 // ln u for u = number / 2^24, number odd and below 2^24; 2 atanh of (m - 1) / (m + 1), in fp64 to 1e-11.
 inline double log_of_odd(uint32_t number) {
