@@ -84,7 +84,7 @@ def validation_loss(trial: Trial, make: Make) -> float:
 
 
 _MAKERS: dict[str, Make] = {}
-"""The makers of the trials that run; forked processes inherit them, for functions made here cannot be sent."""
+"""The makers of the trials that run; forked processes inherit what cannot be sent."""
 
 
 def _run(trial: Trial) -> tuple[Trial, float]:
@@ -165,7 +165,7 @@ def compare(
         Row(
             optimizer=name,
             lr=best[name],
-            at_edge=best[name] in (grid[0], grid[-1]),
+            at_edge=len(grid) > 1 and best[name] in (grid[0], grid[-1]),
             losses=tuple(final[trial(name, best[name], seed)] for seed in seeds),
         )
         for name, grid in grids.items()

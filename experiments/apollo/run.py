@@ -12,9 +12,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from claims import verdict, write_results  # noqa: E402  the path is set above
+from claims import generated, verdict, write_results  # noqa: E402  the path is set above
 from optimizers import APOLLO, MINI, TABLE, grid_of  # noqa: E402
-from training import Trials, as_table, compare  # noqa: E402
+from training import Row, Trials, as_table, compare  # noqa: E402
 
 NAMES = [
     "adamw",
@@ -51,11 +51,23 @@ ZEROED = {
 }
 
 
+def page(text):
+    """Return README.md with its tables made anew from the results."""
+    return generated(
+        FOLDER, text, lambda held: as_table([Row(**row) for row in held["rows"]], baseline="adamw")
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="only write README.md from the results")
     options = parser.parse_args()
+    readme = FOLDER / "README.md"
+    if options.report:
+        readme.write_text(page(readme.read_text()))
+        return 0
     seeds, steps = ((0,), 6) if options.smoke else ((0, 1, 2), 300)
     trials = Trials(
         TABLE | ZEROED,

@@ -281,6 +281,7 @@ def test_the_first_step_moves_by_a_share_of_the_rate():
     g = 0.5 * task.grad.double()
     step = 0.01 * (1 - task.coefficients[1].double()) * g / (g.abs() + 1e-8)
     assert torch.allclose(task.param.double(), before - step, rtol=0, atol=2e-7)
+    assert torch.equal(signs_of(task), (task.grad > 0).long())  # where m is 0 the sign is not set
 
 
 def test_steps_are_clamped():

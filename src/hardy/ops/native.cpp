@@ -198,7 +198,8 @@ EXPORT int native_moments(const int64_t *table, int64_t count, int64_t threads) 
   auto work = [&](const MomentTask &task, int64_t, int64_t part, int64_t parts) {
     const int64_t channels = channels_of(task), width = panel_width(channels, threads);
     const int64_t begin = by_columns(task) ? part * width : begin_of(part, parts, channels, 1);
-    const int64_t end = by_columns(task) ? std::min(begin + width, channels) : begin_of(part + 1, parts, channels, 1);
+    const int64_t end = by_columns(task) ? std::min(begin + width, channels)
+                                         : begin_of(part + 1, parts, channels, 1);
     if (task.numbers->active == 0) {
       std::fill(task.before + begin, task.before + end, 0.f);
       std::fill(task.after + begin, task.after + end, 0.f);
@@ -256,7 +257,8 @@ EXPORT int native_fill(float *out, int64_t count, uint64_t start, int64_t third,
     alignas(64) float values[BLOCK + 8];
     for (int64_t at = index * piece - odd; at < std::min(count, (index + 1) * piece - odd);) {
       const int64_t n = std::min(BLOCK, count - at);
-      const uint32_t *words = words_of(room, start + uint64_t(at), n + n % 2, uint32_t(third), uint32_t(fourth), key);
+      const uint64_t first = start + uint64_t(at);
+      const uint32_t *words = words_of(room, first, n + n % 2, uint32_t(third), uint32_t(fourth), key);
       if (normal)
 #pragma omp simd
         for (int64_t k = 0; k < n; k += 2) normal_pair(words[k], words[k + 1], values + k);

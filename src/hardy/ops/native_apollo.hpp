@@ -57,7 +57,8 @@ inline void sketch_rows(const SketchTask &task, int64_t begin, int64_t end) {
   const int64_t rank = task.rank;
   std::vector<float> by_column(size_t(rank > 1 ? rank * task.cols : 0));  // the projection, transposed
   for (int64_t r = 0; r < rank && rank > 1; r++)
-    for (int64_t k = 0; k < task.cols; k++) by_column[size_t(r * task.cols + k)] = task.projection[k * rank + r];
+    for (int64_t k = 0; k < task.cols; k++)
+      by_column[size_t(r * task.cols + k)] = task.projection[k * rank + r];
   const float *projection = rank > 1 ? by_column.data() : task.projection;
   std::vector<double> sums(size_t(rank + 1));
   alignas(64) float room[BLOCK];
@@ -82,7 +83,8 @@ inline void sketch_columns(const SketchTask &task, int64_t j, int64_t n) {
   alignas(64) float room[BLOCK];
   for (int64_t i = 0; i < task.rows; i++) {
     const float *grad = load_and_copy(task, i, j, n, room);
-    for (int64_t r = 0; r < rank; r++) add_product(recent.data() + r * n, task.projection[i * rank + r], grad, n);
+    const float *projection = task.projection + i * rank;
+    for (int64_t r = 0; r < rank; r++) add_product(recent.data() + r * n, projection[r], grad, n);
     add_square(recent.data() + rank * n, grad, n);
     if ((i + 1) % FLUSH_SUMS == 0 || i + 1 == task.rows)
       for (size_t k = 0; k < sums.size(); k++) sums[k] += recent[k], recent[k] = 0;

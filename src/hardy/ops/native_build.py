@@ -86,8 +86,10 @@ def use_openmp_threads(*, wanted: bool) -> bool:
     """Run on the threads that torch's OpenMP library keeps, or again on threads of our own.
 
     After each parallel operation of torch these threads wait for the next one for some milliseconds without
-    sleeping, so that threads of our own must share the cores with them. But a process forked from one that
-    computed in parallel must not use them: it hangs, as it does in torch's own parallel operations.
+    sleeping, so that threads of our own must share the cores with them: right behind such an operation SMMF's
+    sweep of 4096 x 4096 took 9.3 ms on two idle cores, and 7.5 ms on torch's threads (a first version of it).
+    On cores that others use too, threads of our own are faster. A process forked from one that computed in
+    parallel must not ask for torch's threads: it hangs, as it does in torch's own parallel operations.
 
     Returns:
         Whether torch's threads are used: not where there is no such library.

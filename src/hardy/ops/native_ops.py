@@ -88,9 +88,6 @@ def _call(name: str, table: Sequence[int]) -> None:
         )
 
 
-# ---- Rows of the tables: structs of the C++ ----------------------------------------------------------------
-
-
 def _half(tensor: Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)
 
@@ -143,9 +140,6 @@ def _sketch_row(tensors: Sequence[Tensor | None], by_columns: int, *, add: int =
         *(grad.data_ptr(), grad.stride(0), _half(grad), *grad.shape, others[0], rank, by_columns),
         *(others[1], to_squares, add, others[2]),
     ]
-
-
-# ---- Operators ---------------------------------------------------------------------------------------------
 
 
 def _sketch(

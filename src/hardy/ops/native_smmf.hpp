@@ -27,9 +27,6 @@ struct SweepTask {
 };
 
 constexpr int64_t FLUSH_ROWS = 64;
-// Elements between two arrays that are walked side by side: at a distance of 4096 bytes processors take a
-// load for one that waits for the store before it.
-constexpr int64_t GAP = 240;
 
 struct RowSum {
   int64_t row = -1;
@@ -168,7 +165,7 @@ template <bool MOMENTUM, bool SKIP>
 class SweepPiece {
  public:
   SweepPiece(const SweepTask &task, SweepPart &part, double *columns)
-      : task_(task), part_(part), columns_(columns), side_(task.width + GAP), recent_(size_t(2 * side_)) {}
+      : task_(task), part_(part), columns_(columns), recent_(size_t(2 * task.width)) {}
 
   // Elements (row, begin) ... (row, end - 1) of the local view.
   void walk(int64_t row, int64_t begin, int64_t end) {
@@ -204,10 +201,11 @@ class SweepPiece {
       const int64_t here = std::min(BLOCK, n - k);
       for (int r = 0; r < ROWS; r++) runs_[r].open(task_, row, begin + k + r * task_.width, here);
       float *recent = recent_.data() + j + k;
-      const Columns columns{MOMENTUM ? task_.col_m + j + k : nullptr, task_.col_v + j + k, recent, recent + side_};
-      const float *row_m = MOMENTUM ? task_.row_m + i : nullptr;
-      part_.square += step_runs<ROWS, MOMENTUM, SKIP>(runs_, row_m, task_.row_v + i, columns, *task_.numbers, here,
-                                                      total);
+      const float *row_m = MOMENTUM ? task_.row_m + i : nullptr, *row_v = task_.row_v + i;
+      const float *col_m = MOMENTUM ? task_.col_m + j + k : nullptr, *col_v = task_.col_v + j + k;
+      const Columns columns{col_m, col_v, recent, recent + task_.width};
+      part_.square +=
+          step_runs<ROWS, MOMENTUM, SKIP>(runs_, row_m, row_v, columns, *task_.numbers, here, total);
       for (int r = 0; r < ROWS; r++) runs_[r].close(task_);
     }
     for (int r = 0; r < ROWS; r++) add_to_row(i + r, total[r]);
@@ -235,7 +233,7 @@ class SweepPiece {
   void flush() {
     for (int64_t side = 0; side < 2; side++) {
       double *to = columns_ + side * task_.width;
-      float *from = recent_.data() + side * side_;
+      float *from = recent_.data() + side * task_.width;
       for (int64_t j = first_column_; j < last_column_; j++) to[j] += from[j], from[j] = 0;
     }
     rows_ = elements_ = 0;
@@ -244,8 +242,7 @@ class SweepPiece {
   const SweepTask &task_;
   SweepPart &part_;
   double *columns_;
-  const int64_t side_;         // from the sums of |m| to those of v
-  std::vector<float> recent_;  // sums of columns since the last flush
+  std::vector<float> recent_;  // sums of columns since the last flush: of |m|, then of v
   int64_t rows_ = 0, elements_ = 0, first_column_ = 0, last_column_ = 0;  // since the last flush
   RowSum current_;
   Run runs_[2];
@@ -263,7 +260,8 @@ void combine(const SweepTask &task, const SweepProgress &progress, int64_t parts
   const int64_t width = task.width;
   std::vector<double> columns(progress.columns.get(), progress.columns.get() + 2 * width);
   for (int64_t part = 1; part < parts; part++)
-    for (int64_t j = 0; j < 2 * width; j++) columns[size_t(j)] += progress.columns[size_t(2 * width * part + j)];
+    for (int64_t j = 0; j < 2 * width; j++)
+      columns[size_t(j)] += progress.columns[size_t(2 * width * part + j)];
   float *out_v = task.sums + task.height + (MOMENTUM ? task.height + width : 0);
   for (int64_t j = 0; j < width; j++) {
     if (MOMENTUM) task.sums[task.height + j] = float(columns[size_t(j)]);

@@ -17,8 +17,8 @@
 
 namespace hardy {
 
-constexpr int64_t PIECE = 1 << 18;         // elements of a piece: some 100 microseconds of work
-constexpr int64_t MOST_PIECES = 32;        // of one tensor; each may hold sums of its own
+constexpr int64_t PIECE = 1 << 18;           // elements of a piece: some 100 microseconds of work
+constexpr int64_t MOST_PIECES = 32;          // of one tensor; each may hold sums of its own
 constexpr int64_t WORTH_A_THREAD = 1 << 16;  // elements; below, waking a thread costs what it saves
 
 using OpenMPParallel = void (*)(void (*)(void *), void *, unsigned, unsigned);

@@ -46,7 +46,8 @@ inline Lanes wide_product(const Lanes &a, uint64_t factor) {
 }
 
 // Writes the words of counters first ... first + counters - 1, and of up to COUNTERS_AT_ONCE - 1 more.
-inline void philox(uint32_t *out, uint64_t first, int64_t counters, uint32_t third, uint32_t fourth, uint64_t key) {
+inline void philox(uint32_t *out, uint64_t first, int64_t counters, uint32_t third, uint32_t fourth,
+                   uint64_t key) {
   Lanes count;
   for (int lane = 0; lane < LANES; lane++) count[lane] = uint64_t(lane);
   for (int64_t i = 0; i < counters; i += COUNTERS_AT_ONCE) {
@@ -165,7 +166,8 @@ inline void store_stochastically(uint16_t *out, const Weights &weights, int64_t 
 }
 
 // What does not move keeps its rest too.
-inline void store_with_rest(uint16_t *__restrict out, uint16_t *__restrict rest, int64_t n, const float *values) {
+inline void store_with_rest(uint16_t *__restrict out, uint16_t *__restrict rest, int64_t n,
+                            const float *values) {
   for (int64_t k = 0; k < n; k++) {
     const float wanted = values[k] + from_bf16(rest[k]);
     const uint16_t rounded = nearest_bf16(wanted);
@@ -180,7 +182,8 @@ inline void store(const Weights &weights, int64_t i, int64_t j, int64_t n, const
   if (!weights.half) return;
   uint16_t *out = static_cast<uint16_t *>(weights.data) + i * weights.stride + j;
   if (weights.mode == STOCHASTIC) return store_stochastically(out, weights, i, j, n, values);
-  if (weights.mode == KAHAN) return store_with_rest(out, weights.rest + i * weights.rest_stride + j, n, values);
+  if (weights.mode == KAHAN)
+    return store_with_rest(out, weights.rest + i * weights.rest_stride + j, n, values);
   for (int64_t k = 0; k < n; k++) out[k] = nearest_bf16(values[k]);
 }
 
@@ -193,7 +196,8 @@ inline double log_of_odd(uint32_t number) {
   const int32_t exponent = int32_t(bits >> 23) - 127 - 24 + int32_t(high);
   const double m = from_bits((bits & 0x7fffffu) | ((127u - high) << 23));
   const double s = (m - 1) / (m + 1), z = s * s;
-  const double tail = 1 + z * (1 / 3. + z * (1 / 5. + z * (1 / 7. + z * (1 / 9. + z * (1 / 11. + z * (1 / 13.))))));
+  double tail = 1 / 13.;
+  for (int term = 11; term > 0; term -= 2) tail = tail * z + 1. / term;
   return 0.69314718055994530942 * exponent + 2 * s * tail;
 }
 

@@ -17,8 +17,8 @@ from hardy.model.build import build_model
 from hardy.model.decoder import Decoder, unit_names
 from hardy.model.init import initialise
 from hardy.model.presets import check_context
-from hardy.optim.build import build_optimizer
 from hardy.optim._shell import RuleOptimizer
+from hardy.optim.build import build_optimizer
 from hardy.optim.config import OptimizerConfig, QAPOLLOConfig, RuleConfig
 from hardy.optim.guard import GradGuard
 from hardy.optim.int8 import quantize_model
@@ -124,8 +124,8 @@ def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
         return None
     if shards > 1:
         raise ConfigError(
-            f"optim.name=qapollo keeps int8 weights, which cannot be sharded yet, and strategy.mesh.shards is "
-            f"{shards}; set it to 1, or use apollo_mini"
+            f"optim.name=qapollo keeps int8 weights, which cannot be sharded yet, and strategy.mesh.shards "
+            f"is {shards}; set it to 1, or use apollo_mini"
         )
     return config.group_columns
 
@@ -136,8 +136,8 @@ def _release(
     """Update parameters inside the backward pass of the last micro-batch."""
     if num_workers > 1 and sizes.replicas > 1 and sizes.shards == 1:
         raise ConfigError(
-            f"optim.release=true works on one worker or with shards, and {num_workers} workers hold a whole model "
-            f"each; set strategy.mesh.shards to {num_workers}"
+            f"optim.release=true works on one worker or with shards, and {num_workers} workers hold a whole "
+            f"model each; set strategy.mesh.shards to {num_workers}"
         )
     num_micro = -(-(batch_packs // num_workers) // sizes.micro.packs)
     # FSDP2 hands out gradients with the last micro-batch only.
