@@ -46,11 +46,46 @@ def table():
     return "\n".join(lines)
 
 
+def optimizer_table():
+    """Return the table of bench_optim.py in Markdown, newest results only."""
+    results = {}
+    for line in (FOLDER / "results" / "bench_optim.jsonl").read_text().splitlines():
+        r = json.loads(line)
+        results[r["optimizer"], r["largest"], r["tensors"], r["dtype"], r["device"]] = r
+    lines = [
+        "| optimizer | tensors | step over fused AdamW | over its limit | bytes an element: limit, counted "
+        "| temporaries | state, bytes an element | machine | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results.values():
+        low, high = r["over_fused_adamw_range"]
+        cells = [
+            r["optimizer"],
+            f"{r['tensors']} x {r['largest']} {r['dtype']}",
+            f"{r['over_fused_adamw']:.2f} ({low:.2f} to {high:.2f})",
+            f"{r['over_limit']:.2f} ({r['limit_is']})",
+            f"{r['limit_bytes_per_element']:g}, {r['counted_bytes_per_element']:g}",
+            f"{r['temporary_megabytes']:g} MiB",
+            f"{r['state_bytes_per_element']:g}",
+            f"{r.get('gpu', r['device'])}, {r['machine']}, {r['threads']} threads, torch {r['torch']}",
+            r["commit"].removesuffix("+changes")[:7] + ("+changes" if "+changes" in r["commit"] else ""),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def page(text):
-    """Return the page with its table made anew."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    """Return the page with its tables made anew."""
+    before, _, between, _, after = _cut(text)
+    return f"{before}{BEGIN}\n{table()}\n{END}{between}{BEGIN}\n{optimizer_table()}\n{END}{after}"
+
+
+def _cut(text):
+    """Return what stands before, in and between the two tables, and after them."""
+    before, first, second = text.split(BEGIN)
+    one, between = first.split(END)
+    two, after = second.split(END)
+    return before, one, between, two, after
 
 
 if __name__ == "__main__":

@@ -377,9 +377,10 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _field_docs(cls: type) -> dict[str, str]:
+@functools.cache
+def _field_docs(cls: type) -> Mapping[str, str]:
     """Return the string that stands under each field of a class, bases first."""
-    docs = _field_docs(cls.__mro__[1]) if _is_config(cls.__mro__[1]) else {}
+    docs = dict(_field_docs(cls.__mro__[1])) if _is_config(cls.__mro__[1]) else {}
     try:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     except OSError:  # defined where no source can be found, such as at a prompt
