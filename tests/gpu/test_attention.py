@@ -13,6 +13,7 @@ pytestmark = [
 RULES = [AttentionRule(), AttentionRule(window=5), AttentionRule(causal=False, scale=0.2)]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's
 @pytest.mark.parametrize("backend", ["varlen", "flex"])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 4])

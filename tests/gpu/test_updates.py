@@ -12,7 +12,16 @@ import torch
 
 from hardy.ops import philox, updates_eager
 from hardy.ops.factorize import matrix_shape
-from hardy.ops.updates import AdamTask, MomentTask, Place, Rounding, ScaleTask, SketchTask, SweepTask
+from hardy.ops.updates import (
+    AdamTask,
+    FillTask,
+    MomentTask,
+    Place,
+    Rounding,
+    ScaleTask,
+    SketchTask,
+    SweepTask,
+)
 
 pytest.importorskip("triton")
 pytestmark = [
@@ -198,8 +207,13 @@ def test_parts_of_a_matrix(shape, place, numel, signs):
 def test_random_numbers_are_those_of_the_host(start):
     key, count = 0x8D744EE0202F6924, 100_003
     signs, normals = (torch.empty(count, device="cuda") for _ in range(2))
-    triton_back_end().fill_signs(signs, key, start=start, epoch=3, slice=1)
-    triton_back_end().fill_normals(normals, key, start=start, epoch=3, slice=1)
+    numbers = {"key": key, "start": start, "epoch": 3, "slice": 1}
+    triton_back_end().fill(
+        [
+            FillTask(out=signs, distribution="rademacher", **numbers),
+            FillTask(out=normals, distribution="normal", **numbers),
+        ]
+    )
     assert torch.equal(signs.cpu(), philox.signs(key, start=start, count=count, third=3, fourth=1))
     wanted = philox.normals(key, start=start, count=count, third=3, fourth=1)
     assert (normals.cpu() - wanted).abs().max() < 1e-6

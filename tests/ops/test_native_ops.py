@@ -10,7 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hardy.ops import native_build, native_ops, updates_native
-from hardy.ops.updates import AdamTask, MomentTask, Place, Rounding, ScaleTask, SketchTask, SweepTask
+from hardy.ops.updates import (
+    AdamTask,
+    FillTask,
+    MomentTask,
+    Place,
+    Rounding,
+    ScaleTask,
+    SketchTask,
+    SweepTask,
+)
 
 pytestmark = pytest.mark.skipif(not updates_native.available(), reason="needs a C++ compiler")
 
@@ -165,7 +174,9 @@ def test_when_memory_runs_out_the_error_says_that_weights_have_moved(monkeypatch
     ):
         updates_native.sweep([tasks()["sweep"]])
     with pytest.raises(MemoryError, match="no memory is left to draw random numbers"):
-        updates_native.fill_signs(torch.empty(3), 1, start=0, epoch=0, slice=0)
+        updates_native.fill(
+            [FillTask(out=torch.empty(3), distribution="rademacher", key=1, start=0, epoch=0, slice=0)]
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Plans of the Triton back end: kept while nothing moved, made anew when a gradient did; their tables."""
+"""Plans of the Triton back end: sweeps that are prepared, launches that like tasks share, tables."""
 
 from dataclasses import dataclass
 
@@ -23,91 +23,93 @@ def adam_task(rows=4, cols=8, dtype=torch.float32):
 
 
 @pytest.fixture
-def watched(triton_interpreter, monkeypatch):
-    """Count plans that are made and kernels that are launched."""
+def launches(triton_interpreter, monkeypatch):
+    """Return the kernels launched so far, by the block they are tuned by."""
     from hardy.ops import triton_launch
 
-    counts = {"plans": 0, "launches": 0}
-    make_plan, run = triton_launch.make_plan, triton_launch.Launch.run
-
-    def made(*args):
-        counts["plans"] += 1
-        return make_plan(*args)
+    run, done = triton_launch.Launch.run, []
 
     def launched(self, *args):
-        counts["launches"] += 1
+        done.append(self.block)
         run(self, *args)
 
-    monkeypatch.setattr(triton_launch, "make_plan", made)
     monkeypatch.setattr(triton_launch.Launch, "run", launched)
-    triton_launch.kept_plan.cache_clear()
-    return counts
+    return done
 
 
-def test_a_plan_is_kept_until_an_address_changes(watched):
-    from hardy.ops.updates_triton import adam
+def memory_of(tasks):
+    names = ("param", "grad", "exp_avg", "exp_avg_sq", "coefficients")
+    return [getattr(task, name) for task in tasks for name in names]
+
+
+def test_a_prepared_sweep_reads_and_writes_the_same_memory_again(launches):
+    from hardy.ops.updates_triton import adam, prepare
+
+    tasks, others = [adam_task(), adam_task()], [adam_task(), adam_task()]
+    sweep = prepare("adam", tasks, memory_of(tasks))
+    assert launches == []
+    for count in range(3):
+        tasks[1].grad.fill_(count - 5.0)
+        others[1].grad.fill_(count - 5.0)
+        sweep.run()
+        adam(others)
+    for task, other in zip(tasks, others, strict=True):
+        assert torch.equal(task.param, other.param) and torch.equal(task.exp_avg, other.exp_avg)
+    assert not torch.equal(tasks[0].param, tasks[1].param)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_a_prepared_sweep_moves_with_its_memory_there_and_back():
+    from hardy.ops.updates_triton import adam, prepare
+
+    tasks, others = [adam_task(), adam_task(6, 5)], [adam_task(), adam_task(6, 5)]
+    room = torch.zeros(1 << 12)
+    sweep = prepare("adam", tasks, memory_of(tasks))
+    first = tasks[1].grad
+    for count, begin in enumerate((0, 64, 64, 1024, None)):
+        tasks[1].grad = first if begin is None else room[begin : begin + 30].view(6, 5)
+        for task in (tasks[1], others[1]):
+            task.grad.fill_(count - 3.0)
+        assert sweep.move([x.data_ptr() for x in memory_of(tasks)])
+        sweep.run()
+        adam(others)
+        assert torch.equal(tasks[1].exp_avg, others[1].exp_avg)
+        assert torch.equal(tasks[0].param, others[0].param)
+    tasks[1].grad = room[65:95].view(6, 5)  # not aligned to 16 bytes, as it was
+    assert not sweep.move([x.data_ptr() for x in memory_of(tasks)])
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_memory_that_was_not_named_is_found_out():
+    from hardy.ops.updates_triton import prepare
 
     tasks = [adam_task(), adam_task()]
-    for _ in range(3):
-        adam(tasks)
-    assert watched == {"plans": 1, "launches": 3}
-    old, tasks[1].grad = tasks[1].grad, torch.full((4, 8), -5.0)
-    before = tasks[1].exp_avg.clone()
-    adam(tasks)
-    assert watched["plans"] == 2
-    assert torch.allclose(tasks[1].exp_avg, 0.9 * before - 0.5)  # the new gradient was read
-    tasks[1].grad = old
-    adam(tasks)
-    assert watched["plans"] == 2
+    for missing in range(10):
+        memory = memory_of(tasks)
+        del memory[missing]
+        with pytest.raises(AssertionError, match="names memory that the sweep was not told of"):
+            prepare("adam", tasks, memory)
 
 
-def test_a_plan_is_not_kept_for_other_shapes_at_the_same_addresses(watched):
-    from hardy.ops.updates_triton import adam
+@pytest.mark.usefixtures("triton_interpreter")
+def test_tasks_in_fp64_cannot_be_prepared_and_none_at_all_do_nothing():
+    from hardy.ops.updates_triton import prepare
 
-    task = adam_task()
-    adam([task])
-    for name in ("param", "grad", "exp_avg", "exp_avg_sq"):
-        setattr(task, name, getattr(task, name)[:2])
-    before = task.param.clone()
-    adam([task])
-    assert watched["plans"] == 2 and not torch.equal(task.param, before)
-    task.rounding.place = Place(base=8, stride=8)
-    adam([task])
-    assert watched["plans"] == 3
+    task = adam_task(dtype=torch.float64)
+    task.coefficients = task.coefficients.double()
+    assert prepare("adam", [task], memory_of([task])) is None
+    sweep = prepare("adam", [], [torch.zeros(3)])
+    assert sweep.move([0])
+    sweep.run()
 
 
-def test_a_plan_is_kept_for_the_stream_that_wrote_its_table(watched, monkeypatch):
-    from hardy.ops import triton_launch
-    from hardy.ops.updates_triton import adam
-
-    task = adam_task()
-    for stream in (0, 17, 0, 17):
-        monkeypatch.setattr(triton_launch, "stream_of", lambda device, stream=stream: stream)
-        adam([task])
-    assert watched == {"plans": 2, "launches": 4}
-
-
-def test_a_plan_made_while_a_graph_is_captured_is_not_kept(watched, monkeypatch):
-    from hardy.ops import triton_launch
-    from hardy.ops.updates_triton import adam
-
-    monkeypatch.setattr(triton_launch, "capturing", lambda device: True)
-    task = adam_task()
-    adam([task])
-    adam([task])
-    assert watched["plans"] == 2
-    monkeypatch.setattr(triton_launch, "capturing", lambda device: False)
-    adam([task])
-    assert watched["plans"] == 3
-
-
-def test_like_tasks_share_a_launch(watched):
+def test_like_tasks_share_a_launch(launches):
     from hardy.ops.updates_triton import adam
 
     adam([adam_task(), adam_task(6, 5), adam_task(), adam_task(dtype=torch.bfloat16), adam_task()])
-    assert watched == {"plans": 1, "launches": 3}
+    assert len(launches) == 3
     adam([])
-    assert watched["launches"] == 3
+    assert len(launches) == 3
 
 
 @pytest.mark.usefixtures("triton_interpreter")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hardy.ops import philox, updates_eager
-from hardy.ops.updates import AdamTask, MomentTask, Place, Rounding, ScaleTask, SketchTask
+from hardy.ops.updates import AdamTask, FillTask, MomentTask, Place, Rounding, ScaleTask, SketchTask
 from hardy.reference import adaptive, apollo
 
 SHAPES = [(96, 40), (40, 96), (33, 33), (1, 101), (101, 1), (7, 13)]
@@ -389,7 +389,8 @@ def test_a_factor_of_zero_does_not_look_at_the_gradient(along):
 def test_fills_with_the_numbers_of_a_flat_range(name, dtype, monkeypatch):
     monkeypatch.setattr(updates_eager, "_NUMBERS_AT_ONCE", 100)
     out = torch.empty(7, 43, dtype=dtype)
-    getattr(updates_eager, f"fill_{name}")(out, 99, start=5, epoch=2, slice=3)
+    distribution = {"normals": "normal", "signs": "rademacher"}[name]
+    updates_eager.fill([FillTask(out=out, distribution=distribution, key=99, start=5, epoch=2, slice=3)])
     wanted = getattr(philox, name)(99, start=5, count=301, third=2, fourth=3)
     assert torch.equal(out.flatten(), wanted.to(dtype))
 

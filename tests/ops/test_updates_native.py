@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from hardy.ops import native_build, native_ops, philox, updates_eager, updates_native
-from hardy.ops.updates import AdamTask, MomentTask, Place, Rounding, ScaleTask, SketchTask, choose_backend
+from hardy.ops.updates import (
+    AdamTask,
+    FillTask,
+    MomentTask,
+    Place,
+    Rounding,
+    ScaleTask,
+    SketchTask,
+    choose_backend,
+)
 
 native = pytest.mark.skipif(not updates_native.available(), reason="needs a C++ compiler")
 pytestmark = native
@@ -358,8 +367,16 @@ def test_random_numbers_are_those_of_philox(start, count):
     torch.set_num_threads(2)
     key, where = 2**64 - 5, {"third": 3, "fourth": 2**31 + 1}
     normals, signs = torch.full((count,), NAN), torch.full((1, count), NAN)
-    updates_native.fill_normals(normals, key, start=start, epoch=3, slice=2**31 + 1)
-    updates_native.fill_signs(signs, key - 2**64, start=start, epoch=3, slice=2**31 + 1)
+    updates_native.fill(
+        [FillTask(out=normals, distribution="normal", key=key, start=start, epoch=3, slice=2**31 + 1)]
+    )
+    updates_native.fill(
+        [
+            FillTask(
+                out=signs, distribution="rademacher", key=key - 2**64, start=start, epoch=3, slice=2**31 + 1
+            )
+        ]
+    )
     assert torch.equal(signs[0], philox.signs(key, start=start, count=count, **where))
     eager = philox.normals(key, start=start, count=count, **where)
     assert (normals - eager).abs().max() < 1e-6 if count else True
@@ -368,13 +385,13 @@ def test_random_numbers_are_those_of_philox(start, count):
 def test_normal_numbers_of_the_specification():
     key = philox.key_for(0, "layers.0.attn.q_proj.weight", purpose="hardy.proj.v1")
     out = torch.empty(8)
-    updates_native.fill_normals(out, key, start=0, epoch=0, slice=0)
+    updates_native.fill([FillTask(out=out, distribution="normal", key=key, start=0, epoch=0, slice=0)])
     wanted = [-1.800323974, -1.508014957, -0.241374750, 0.718324816]
     wanted += [-0.325353203, -0.393200133, 0.124405446, 0.445541697]
     assert out.tolist() == pytest.approx(wanted, abs=1e-6)
-    updates_native.fill_signs(out, key, start=0, epoch=0, slice=0)
+    updates_native.fill([FillTask(out=out, distribution="rademacher", key=key, start=0, epoch=0, slice=0)])
     assert out.tolist() == [1, -1, -1, 1, -1, -1, -1, 1]
-    updates_native.fill_normals(out[:4], key, start=0, epoch=1, slice=0)
+    updates_native.fill([FillTask(out=out[:4], distribution="normal", key=key, start=0, epoch=1, slice=0)])
     assert out[:4].tolist() == pytest.approx([-1.796708061, 1.185046860, 0.666958144, -1.256078439], abs=1e-6)
 
 
@@ -386,7 +403,7 @@ def test_normal_numbers_are_rounded_once(within_budget):
     length, angle = (-2 * uniform[0::2].log()).sqrt(), 2 * math.pi * uniform[1::2]
     exact = torch.stack([length * angle.cos(), length * angle.sin()], dim=1).flatten()
     out = torch.empty(count)
-    updates_native.fill_normals(out, 1, start=0, epoch=0, slice=0)
+    updates_native.fill([FillTask(out=out, distribution="normal", key=1, start=0, epoch=0, slice=0)])
     within_budget(out, exact.float(), exact, factor=1.01)
 
 
@@ -411,9 +428,9 @@ def test_other_dtypes_and_layouts_go_to_eager_torch():
         assert torch.equal(task.param, other.param) or not exact
         assert torch.allclose(task.param, other.param, rtol=1e-6)
     doubles, floats = torch.empty(9, dtype=torch.float64), torch.empty(9)
-    for fill in ("fill_normals", "fill_signs"):
-        getattr(updates_native, fill)(doubles, 1, start=0, epoch=0, slice=0)
-        getattr(updates_native, fill)(floats, 1, start=0, epoch=0, slice=0)
+    for distribution in ("normal", "rademacher"):
+        numbers = {"distribution": distribution, "key": 1, "start": 0, "epoch": 0, "slice": 0}
+        updates_native.fill([FillTask(out=out, **numbers) for out in (doubles, floats)])
         assert torch.allclose(doubles, floats.double(), atol=1e-6)
 
 

@@ -1,12 +1,16 @@
 """How a parameter is seen as matrices, whole and cut."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from hardy.optim._geometry import geometry_of, is_stack
 from hardy.optim._sharded import Shard, Split
 
+TWO = SimpleNamespace(size=lambda _: 2)
+"""A mesh of which only the number of workers is asked."""
 GROUP = {"rank": 4, "side": "auto", "wide_state": "shard", "stacked": True}
-ROWS, COLS = Split(0, None, 0), Split(1, None, 1)
+ROWS, COLS = Split(0, TWO, 0), Split(1, TWO, 1)
 
 
 def see(shape, *, local=None, offset=None, splits=(), **settings):
@@ -66,7 +70,7 @@ def test_contracting_the_uncut_side():
 
 
 def test_experts_cut_by_stack_and_by_row():
-    experts, inner = Split(0, None, 0), Split(1, None, 0)
+    experts, inner = Split(0, TWO, 0), Split(1, TWO, 0)
     g = see((4, 8, 5), local=(2, 8, 5), offset=(2, 0, 0), splits=(experts,))
     assert (g.stack, g.scattered, g.summed, g.channel_splits) == (2, None, (), ())
     g = see((4, 8, 5), local=(4, 4, 5), offset=(0, 4, 0), splits=(inner,))
@@ -78,4 +82,12 @@ def test_a_cut_through_what_is_flattened_is_refused(shape, dim):
     with pytest.raises(
         ValueError, match=r"layers.0.weight of shape .* cut along a dimension .* cut dimension 0"
     ):
-        see(shape, splits=(Split(dim, None, 0),))
+        see(shape, splits=(Split(dim, TWO, 0),))
+
+
+def test_the_worker_with_most_is_what_memory_is_counted_by():
+    for local, offset in (((4, 5), (0, 0)), ((3, 5), (4, 0))):
+        g = see((7, 5), local=local, offset=offset, splits=(ROWS,))
+        assert (g.most_channels, g.most_contracted) == (4, 5)
+    g = see((3, 5, 9), local=(1, 5, 9), offset=(2, 0, 0), splits=(Split(0, TWO, 0),))
+    assert (g.most_channels, g.most_contracted) == (2 * 9, 2 * 5)

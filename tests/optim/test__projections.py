@@ -22,12 +22,13 @@ def projection(shape, *, calls=0, local=None, offset=None, grad=None, level=0, o
     optimizer = optimizer or APOLLO([("weight", param)], **{"rank": 3, "update_proj_gap": 5, **settings})
     optimizer.materialize_state()
     optimizer.param_groups[0]["calls"] = calls
-    (bundle,) = optimizer._bundles(optimizer._all_members(), None, None)
+    (bundle,) = optimizer._bundles(optimizer._all_members())
+    optimizer._bring(bundle, None, None)
     (member,) = bundle.members
     if local is not None:
         member.shard = Shard(shape, offset, local)
     geometry = geometry_of(member.shard, optimizer.param_groups[0], "weight")
-    return bases_of(bundle, member, geometry, param.grad)(level)
+    return bases_of(bundle, geometry).of(0, level)
 
 
 @pytest.mark.parametrize(("proj", "draw"), [("normal", normals), ("rademacher", signs)])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hardy.ops.updates import Place, choose_backend
+from hardy.ops.updates import Place
+from hardy.optim import _rule
 from hardy.optim._rule import Bundle, Member, StateSpec, compute_dtype, local_shape, own_part, require, table
 from hardy.optim._sharded import Shard, Split
 
@@ -35,12 +36,11 @@ def bundle(params, grads, **step):
     return Bundle(
         group=group,
         members=members,
+        projections={},
         params=params,
         grads=grads,
-        backend=choose_backend("foreach", torch.device("cpu")),
         grad_scale=step.get("grad_scale"),
         found_inf=step.get("found_inf"),
-        projections={},
     )
 
 
@@ -123,3 +123,85 @@ def test_the_rest_of_kahans_rounding_is_seen_as_the_weight_is():
     assert not rest[1].any() and rest[0].any()
     assert made.rounding(0, place, step, shape=(1, 6, 4)).rest.shape == (6, 4)
     assert (rounding.mode, rounding.key, rounding.place) == ("kahan", 0, place)
+
+
+class Preparing:
+    """A back end that prepares sweeps and counts what it is asked for."""
+
+    def __init__(self):
+        self.bound_to, self.prepared, self.runs, self.calls = 0, 0, 0, 0
+        self.memory, self.addresses, self.can_move = [], [], True
+
+    def whereabouts(self, device):
+        return self.bound_to
+
+    def prepare(self, sweep, tasks, memory):
+        self.prepared += 1
+        self.memory = [x.data_ptr() for x in memory]
+        return None if tasks == "cannot" else self
+
+    def move(self, addresses):
+        self.addresses = addresses
+        return self.can_move
+
+    def run(self):
+        self.runs += 1
+
+    def adam(self, tasks):
+        self.calls += 1
+
+
+def preparing_bundle(monkeypatch, params):
+    backend = Preparing()
+    monkeypatch.setattr(_rule, "choose_backend", lambda name, device: backend)
+    monkeypatch.setattr(_rule, "preparing", lambda backend: backend)
+    made = bundle(params, [None] * len(params))
+    made.group |= {"backend": "auto", "betas": [0.9, 0.99]}
+    for member in made.members:
+        member.rule = SimpleNamespace(defaults={"betas": (0.9, 0.99)})
+    return made, backend
+
+
+def test_a_sweep_is_prepared_once_and_told_where_memory_lies(monkeypatch):
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    made, backend = preparing_bundle(monkeypatch, params)
+    grads, buffer = [torch.zeros(2), torch.zeros(2)], torch.zeros(3)
+    state = [torch.zeros(2), torch.zeros(2)]
+
+    def sweep(*, epoch=0, tasks="tasks", buffer=buffer):
+        for member, value in zip(made.members, state, strict=True):
+            member.local = {"exp_avg": value}
+        made.bring(params, list(grads), grad_scale=None, found_inf=None)
+        made.sweep("adam", buffer, tasks=lambda: tasks, epoch=epoch)
+        made.drop()
+        return backend.prepared
+
+    assert [sweep(), sweep()] == [1, 1] and backend.runs == 2 and backend.calls == 0
+    assert backend.addresses == backend.memory
+    for change in (lambda: grads.__setitem__(1, torch.ones(2)), lambda: state.__setitem__(0, torch.ones(2))):
+        change()
+        assert sweep() == 1 and backend.addresses != backend.memory
+    assert sweep(buffer=torch.zeros(3)) == 1
+    assert backend.addresses == [x.data_ptr() for x in (*params, *grads, *state)] + backend.addresses[-1:]
+    backend.can_move = False
+    assert sweep() == 2
+    backend.can_move = True
+    grads[1] = None
+    assert [sweep(), sweep()] == [3, 3]
+    assert [sweep(epoch=1), sweep(epoch=1)] == [4, 4]
+    made.group["bf16_update"] = "nearest"
+    assert sweep(epoch=1) == 5
+    backend.bound_to = 1
+    assert sweep(epoch=1) == 6
+    assert backend.calls == 0 and backend.runs == 12
+
+
+def test_a_sweep_that_cannot_be_prepared_is_called(monkeypatch):
+    params = [nn.Parameter(torch.zeros(2))]
+    made, backend = preparing_bundle(monkeypatch, params)
+    made.bring(params, [torch.zeros(2)], grad_scale=None, found_inf=None)
+    made.sweep("adam", tasks=lambda: "cannot")
+    assert (backend.prepared, backend.calls) == (1, 1)
+    backend.bound_to = None  # a CUDA graph is captured
+    made.sweep("adam", tasks=lambda: "tasks")
+    assert (backend.prepared, backend.calls, backend.runs) == (1, 2, 0)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def test_state_is_a_sketch_per_channel(shape, settings, moment):
 
 def test_state_is_cut_where_channels_are():
     group = {**ApolloRule.defaults, "rank": 3, "kind": "apollo"}
-    rows = Split(0, None, 0)
+    rows = Split(0, SimpleNamespace(size=lambda _: 2), 0)
     tall = ApolloRule().specs(Shard((12, 5), (6, 0), (6, 5), (rows,)), torch.float32, group, "w")
     assert tall["exp_avg"].dims == {0: 0}
     wide = ApolloRule().specs(Shard((6, 12), (3, 0), (3, 12), (rows,)), torch.float32, group, "w")
@@ -126,13 +127,15 @@ def test_state_is_cut_where_channels_are():
 
 
 def test_temporaries_are_counted():
-    rule, rows = ApolloRule(), Split(0, None, 0)
+    rule, rows = ApolloRule(), Split(0, SimpleNamespace(size=lambda _: 2), 0)
     group = {**ApolloRule.defaults, "rank": 3}
 
-    def counted(shard):
-        return rule.temporary_bytes(Member("w", None, group, rule, shard, 0, 0, {}, ()))
+    def counted(shard, device="cpu"):
+        param = torch.empty(shard.local_shape, device=device)
+        return rule.temporary_bytes(Member("w", param, group, rule, shard, 0, 0, {}, ()))
 
     assert counted(Shard((12, 5), (0, 0), (12, 5))) == 4 * 4 * 12
+    assert counted(Shard((12, 5), (0, 0), (12, 5)), "meta") == 4 * 4 * 12 + 2 * 3 * 5  # and the projection
     assert counted(Shard((5, 12), (0, 0), (3, 12), (rows,))) == 2 * 4 * 4 * 12  # once more for what is sent
 
 

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from hardy.ops.triton_kernels import Layout, jit, number_of, random_words, to_nearest
+from hardy.ops.triton_kernels import Layout, address, jit, random_words, to_nearest
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Fill(Layout):
     """What is known when the kernel is compiled."""
 
+    KEY, KEY_HIGH, THIRD, FOURTH, START, COUNT, OUT, _, FIELDS = range(9)
+
     out: tl.dtype
-    kind: str
-    """"normals" or "signs"."""
+    distribution: str
     vector: bool
     groups: int
 
@@ -45,26 +46,24 @@ def normals_of(words, groups: tl.constexpr):
 
 
 @jit
-def fill_kernel(out, arguments, C: tl.constexpr):
-    """Fill a part of `out` with the Philox numbers of a flat range.
-
-    arguments: key low, key high, third word, fourth word, first flat index, count, given by `as_arguments`.
-    """
-    key = number_of(arguments[0]) | (number_of(arguments[1]) << 32)
-    third, fourth = number_of(arguments[2]).to(tl.uint32), number_of(arguments[3]).to(tl.uint32)
-    start = number_of(arguments[4])
-    end = start + number_of(arguments[5])
+def fill_kernel(table, workspace, C: tl.constexpr):
+    """Fill a part of a tensor with the Philox numbers of a flat range, `hardy.ops.updates.FillTask`."""
+    row = table + tl.program_id(1) * C.FIELDS
+    key = tl.load(row + C.KEY) | (tl.load(row + C.KEY_HIGH) << 32)
+    third, fourth = tl.load(row + C.THIRD).to(tl.uint32), tl.load(row + C.FOURTH).to(tl.uint32)
+    start = tl.load(row + C.START)
+    end = start + tl.load(row + C.COUNT)
     first = start // 8 * 8 + tl.program_id(0).to(tl.int64) * (8 * C.groups)
     flat = (first + tl.arange(0, C.groups) * 8)[None, :, None]
     words = random_words(key, flat, third, fourth, True, True)
-    if C.kind == "signs":
+    if C.distribution == "rademacher":
         values = 1.0 - 2.0 * (words >> 31).to(tl.float32)
     else:
         values = normals_of(words, C.groups)
     if C.out == tl.bfloat16:
         values = to_nearest(values)
     element = flat + tl.arange(0, 8)[None, None, :]
-    cells = out + (element - start)
+    cells = address(row, C.OUT, C.out) + (element - start)
     mask = (element >= start) & (element < end)
     if C.vector:
         cells = tl.multiple_of(cells, (16, 16, 16))

@@ -1,23 +1,23 @@
-"""How the host hands tasks to Triton kernels: groups of like tasks, tables of addresses, plans that are kept.
+"""How the host hands tasks to Triton kernels: groups of like tasks, tables of addresses, plans.
 
 A call of a sweep describes each task by (group, row): the group holds what tasks of one launch share (shapes,
-dtypes, alignment), the row the numbers that differ (addresses, counters). The descriptions of all tasks
-together are the key of a plan: its launches, and their table in device memory. A gradient that was allocated
-anew has a new address, so the key differs and a new plan is made; nothing else can go unnoticed, and nothing
-is read from the device. Describing costs the host a few microseconds a task, a new plan some more and one
-small kernel for each 128 numbers of its table.
+dtypes, alignment), the row the numbers that differ (addresses, counters). A plan is the launches for all
+groups, and their table in device memory. Making one costs the host some ten microseconds a task, and a small
+kernel for each 128 numbers of its table; running it costs little. So who sweeps the same memory again and
+again keeps the plan (`prepared`); where memory lies elsewhere than before, such as a gradient that was
+allocated anew, the addresses in its table are moved. Nothing is read from the device.
 
 Tables are written by a kernel that takes the numbers as arguments, not by a copy from host memory. So nothing
 on the host has to stay alive or unchanged, and a CUDA graph can be captured with a plan that was not there
 before: whatever a step allocates while it is captured lies at addresses of the graph's own, so the plans of
-the warm-up never fit. A plan made during capture is not kept, since its table is written only when the graph
-runs.
+the warm-up never fit. A plan made during capture must not be kept, since its table is written only when the
+graph runs; nor may one be run on another stream than wrote its table.
 """
 
 import contextlib
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,6 +52,8 @@ WORKSPACE_FLOATS = 15 << 20
 """60 MiB: what partial sums may take; more tasks, or larger ones, go in several launches."""
 MOST_TASKS = 65535
 """CUDA's limit on the second dimension of a grid."""
+LEAST_ADDRESS = 1 << 40
+"""Addresses are above it: of CUDA and of today's hosts. What else is in a table is below."""
 TABLE_PIECE = 128
 """Numbers that one kernel writes into a table."""
 
@@ -100,53 +102,105 @@ class Plan:
 
     launches: list[Launch]
     device: torch.device
+    memory: Sequence[Tensor] = ()
+    """Not kept: what `move` may be told of. Contiguous tensors, apart from each other."""
     tables: list[Tensor] = field(init=False)
+    _addresses: tuple[int, ...] = ()
+    _numbers: Tensor = field(init=False)
+    """The table as it was first written, on the host."""
+    _first: tuple[int, ...] = ()
+    """The addresses then."""
+    _owners: tuple[Tensor, Tensor] | None = None
+    """Of all addresses in the table, where they stand and in which tensor of `memory` they lie."""
 
     def __post_init__(self) -> None:
         numbers = [number for launch in self.launches for row in launch.rows for number in row]
+        self._numbers = torch.tensor(numbers, dtype=torch.int64)
         table = table_of(numbers, self.device)
         self.tables = []
         first = 0
         for launch in self.launches:
             self.tables.append(table[first:])
             first += sum(len(row) for row in launch.rows)
+        self._first = self._addresses = tuple([tensor.data_ptr() for tensor in self.memory])
+        if self.memory:
+            self._owners = owners_of(numbers, self.memory)
+        self.memory = ()
+
+    def move(self, addresses: Sequence[int]) -> bool:
+        """Take in where the tensors of `memory` lie now, in their order.
+
+        Returns False, and does nothing, where one is aligned otherwise than it was: then other kernels are
+        wanted.
+        """
+        addresses = tuple(addresses)
+        if addresses == self._addresses:
+            return True
+        ways = [now - first for now, first in zip(addresses, self._first, strict=True)]
+        if self._owners is None or any([way % 16 for way in ways]):
+            return False
+        at, owners = self._owners
+        numbers = torch.empty_like(self._numbers, pin_memory=self.device.type == "cuda")
+        numbers.copy_(self._numbers)
+        numbers[at] += torch.tensor(ways, dtype=torch.int64)[owners]
+        if len(numbers):
+            # Behind what reads the table now on this stream; the pinned numbers are kept until they are read.
+            self.tables[0][: len(numbers)].copy_(numbers, non_blocking=True)
+        self._addresses = addresses
+        return True
 
     def run(self) -> None:
         """Enqueue all launches; they share one workspace, which is free again when they are done."""
         floats = max((launch.floats for launch in self.launches), default=0)
         workspace = torch.empty(max(1, floats), dtype=torch.float32, device=self.device)
-        for launch, table in zip(self.launches, self.tables, strict=True):
-            launch.run(table, workspace)
+        with on(self.device):
+            for launch, table in zip(self.launches, self.tables, strict=True):
+                launch.run(table, workspace)
 
 
-def run(kind: Kind, tasks: Sequence[Any], device: torch.device) -> None:
-    """Do a sweep for tasks on one device: make its plan, or find it, and launch."""
-    entries = tuple([kind.describe(task) for task in tasks])
-    if not entries:
-        return
-    with on(device):
-        if capturing(device):
-            plan = make_plan(kind, entries, device)
-        else:
-            plan = kept_plan(kind.name, kind, entries, device, stream_of(device))
-        plan.run()
+def owners_of(numbers: Sequence[int], memory: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return where addresses stand in a table, and in which tensor each lies.
 
+    What is too large for a size, a stride or a word of a key is an address.
 
-def make_plan(kind: Kind, entries: Sequence[Entry], device: torch.device) -> Plan:
-    """Return the plan for described tasks: groups in the order of their first tasks."""
-    groups: dict[Hashable, list[Row]] = {}
-    for group, row in entries:
-        groups.setdefault(group, []).append(row)
-    return Plan([launch for group, rows in groups.items() for launch in kind.launches(group, rows)], device)
-
-
-@lru_cache(maxsize=32)
-def kept_plan(name: str, kind: Kind, entries: tuple[Entry, ...], device: torch.device, stream: int) -> Plan:
-    """Return the plan for described tasks, kept: the table is written once.
-
-    One for each stream, since only work on the stream that wrote a table comes after it by itself.
+    Example:
+        >>> values = torch.zeros(4)
+        >>> at, owners = owners_of([7, values.data_ptr() + 4], [torch.zeros(2), values])
+        >>> at.tolist(), owners.tolist()
+        ([1], [1])
     """
-    return make_plan(kind, entries, device)
+    spans = sorted([(x.data_ptr(), x.nbytes, index) for index, x in enumerate(memory) if x.nbytes])
+    begins = [begin for begin, _, _ in spans]
+    at: list[int] = []
+    owners: list[int] = []
+    for index, number in enumerate(numbers):
+        if number < LEAST_ADDRESS:
+            continue
+        begin, size, owner = spans[bisect_right(begins, number) - 1]
+        assert begin <= number < begin + size, "a task names memory that the sweep was not told of"
+        at.append(index)
+        owners.append(owner)
+    return torch.tensor(at, dtype=torch.int64), torch.tensor(owners, dtype=torch.int64)
+
+
+def prepared(
+    kind: Kind, tasks: Sequence[Any], device: torch.device, *, memory: Sequence[Tensor] = ()
+) -> Plan:
+    """Return the plan for tasks on one device: groups in the order of their first tasks.
+
+    Args:
+        kind: the sweep.
+        tasks: what is to be done.
+        device: where all tensors are.
+        memory: what all tensors of the tasks lie in, if the plan is to be moved.
+    """
+    groups: dict[Hashable, list[Row]] = {}
+    for task in tasks:
+        group, row = kind.describe(task)
+        groups.setdefault(group, []).append(row)
+    launches = [launch for group, rows in groups.items() for launch in kind.launches(group, rows)]
+    with on(device):
+        return Plan(launches, device, memory)
 
 
 def table_of(numbers: Sequence[int], device: torch.device) -> Tensor:
@@ -164,14 +218,13 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def stream_of(device: torch.device) -> int:
-    """Return the current stream's handle."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def stream_of(device: torch.device) -> int | None:
+    """Return the current stream's handle; None while a CUDA graph is captured."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def type_of(dtype: torch.dtype) -> Any:

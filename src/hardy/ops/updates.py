@@ -11,11 +11,11 @@ parameter, in the compute dtype: fp64 for fp64 parameters, else fp32.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class SketchTask:
 
     grad: Tensor
     projection_KR: Tensor
-    """Compute dtype, contiguous. For a bf16 gradient its values are representable in bf16."""
+    """Compute dtype, contiguous. For a bf16 gradient its values are representable in bf16, and it may be."""
     contracts: Axis
     sketch: Tensor
     """Written; compute dtype, contiguous."""
@@ -164,6 +164,23 @@ class AdamTask:
     rounding: Rounding
 
 
+@dataclass(slots=True, kw_only=True)
+class FillTask:
+    """Random numbers of APOLLO's projections: those of flat indices from `start` on, as `ops/philox.py` says.
+
+    The counter of an index is (index // 4 or its pair, `epoch`, `slice`), under `key`.
+    """
+
+    out: Tensor
+    """Written; contiguous. Numbers are made in fp32 and rounded to nearest."""
+    distribution: Literal["normal", "rademacher"]
+    key: int
+    """64-bit Philox key."""
+    start: int
+    epoch: int
+    slice: int
+
+
 class Backend(Protocol):
     """The sweeps of one back end; tasks of one call are on one device and share no memory they write."""
 
@@ -187,13 +204,46 @@ class Backend(Protocol):
         """Do AdamW's sweep."""
         ...
 
-    def fill_normals(self, out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-        """Write the normal numbers of flat indices from `start` on (`ops/philox.py`) into `out`."""
+    def fill(self, tasks: Sequence[FillTask]) -> None:
+        """Draw random matrices."""
         ...
 
-    def fill_signs(self, out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-        """Write the random signs of a flat range into `out`."""
+
+class Prepared(Protocol):
+    """A sweep over certain tasks, described once."""
+
+    def move(self, addresses: Sequence[int]) -> bool:
+        """Take in where the memory it was prepared for lies now; False if it cannot be done there."""
         ...
+
+    def run(self) -> None:
+        """Do the sweep."""
+        ...
+
+
+@runtime_checkable
+class PreparingBackend(Backend, Protocol):
+    """A back end whose tasks cost the host so much that those of a step serve the next as well."""
+
+    def prepare(self, sweep: str, tasks: Sequence[Any], memory: Sequence[Tensor]) -> Prepared | None:
+        """Return the sweep of that name over tasks, not yet done; None where it can only be called.
+
+        Args:
+            sweep: name of the function.
+            tasks: what it would be called with.
+            memory: contiguous tensors that hold all tensors of the tasks; `move` takes their addresses.
+        """
+        ...
+
+    def whereabouts(self, device: torch.device) -> Hashable:
+        """Return what a prepared sweep is bound to besides addresses; None if none may be kept now."""
+        ...
+
+
+@functools.cache
+def preparing(backend: Backend) -> PreparingBackend | None:
+    """Return the back end if it prepares sweeps."""
+    return backend if isinstance(backend, PreparingBackend) else None
 
 
 BACKENDS: dict[str, str] = {

@@ -8,7 +8,7 @@ Papers: APOLLO (arXiv 2412.05270), algorithm 1; AdamW (1711.05101). SMMF's sweep
 `hardy.ops.updates_eager_sweep`. Shape suffixes: K contracted length, C channels, R rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from hardy.ops import philox
 from hardy.ops.rounding import store
 from hardy.ops.tiles import at, buffers, cut, loaded, mask_where, shape_of, tiles
-from hardy.ops.updates import AdamTask, MomentTask, ScaleTask, SketchTask
+from hardy.ops.updates import AdamTask, FillTask, MomentTask, ScaleTask, SketchTask
 from hardy.ops.updates_eager_sweep import sweep as sweep
 
 _MATRIX_WIDTH = 1024
@@ -45,7 +45,7 @@ def _sketch(task: SketchTask) -> None:
         work = at(buffer, shape_of(tile))
         grad = loaded(task.grad[tile], work)
         inner, channels = tile[contracted], tile[1 - contracted]
-        projection_KR = task.projection_KR[inner]
+        projection_KR = task.projection_KR[inner].to(task.sketch.dtype)
         if task.contracts == "cols":
             _add_product(task.sketch[channels], grad, projection_KR, first=inner.start == 0)
         else:
@@ -150,22 +150,19 @@ def _adam(task: AdamTask) -> None:
 
 
 @torch.no_grad()
-def fill_normals(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-    """Write the normal numbers of a flat range, from `start` on, into `out`, which is contiguous."""
-    _fill(out, philox.normals, (key, start, epoch, slice))
-
-
-@torch.no_grad()
-def fill_signs(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-    """Write the random signs of a flat range, from `start` on, into `out`, which is contiguous."""
-    _fill(out, philox.signs, (key, start, epoch, slice))
-
-
-def _fill(out: Tensor, draw: Callable[..., Tensor], where: tuple[int, int, int, int]) -> None:
-    key, start, epoch, expert = where
-    flat = out.view(-1)
-    for done in range(0, len(flat), _NUMBERS_AT_ONCE):
-        part = flat[done : done + _NUMBERS_AT_ONCE]
-        part.copy_(
-            draw(key, start=start + done, count=len(part), third=epoch, fourth=expert, device=out.device)
-        )
+def fill(tasks: Sequence[FillTask]) -> None:
+    """Draw random matrices."""
+    for task in tasks:
+        draw = philox.normals if task.distribution == "normal" else philox.signs
+        flat = task.out.view(-1)
+        for done in range(0, len(flat), _NUMBERS_AT_ONCE):
+            part = flat[done : done + _NUMBERS_AT_ONCE]
+            numbers = draw(
+                task.key,
+                start=task.start + done,
+                count=len(part),
+                third=task.epoch,
+                fourth=task.slice,
+                device=task.out.device,
+            )
+            part.copy_(numbers)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hardy.ops import native_ops, updates_eager
-from hardy.ops.updates import AdamTask, MomentTask, Rounding, ScaleTask, SketchTask, SweepTask
+from hardy.ops.updates import AdamTask, FillTask, MomentTask, Rounding, ScaleTask, SketchTask, SweepTask
 
 _ALONG = ("all", "rows", "cols")
 _MODES = ("nearest", "stochastic", "kahan")
@@ -113,21 +113,11 @@ def adam(tasks: Sequence[AdamTask]) -> None:
 
 
 @torch.no_grad()
-def fill_normals(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-    """Write the normal numbers of a flat range (`hardy.ops.philox`), from `start` on, into `out`."""
-    if _usable([], [out]):
-        native_ops.operators()["fill"](out, _signed(key), start, epoch, slice, True)
-    else:
-        updates_eager.fill_normals(out, key, start=start, epoch=epoch, slice=slice)
-
-
-@torch.no_grad()
-def fill_signs(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-    """Write the random signs of a flat range, from `start` on, into `out`."""
-    if _usable([], [out]):
-        native_ops.operators()["fill"](out, _signed(key), start, epoch, slice, False)
-    else:
-        updates_eager.fill_signs(out, key, start=start, epoch=epoch, slice=slice)
+def fill(tasks: Sequence[FillTask]) -> None:
+    """Draw random matrices."""
+    for task in _mine(tasks, updates_eager.fill, of=_of_fill):
+        where = (_signed(task.key), task.start, task.epoch, task.slice)
+        native_ops.operators()["fill"](task.out, *where, task.distribution == "normal")
 
 
 # ---- Which tasks are ours ----------------------------------------------------------------------------------
@@ -154,6 +144,10 @@ def _of_sweep(task: SweepTask) -> Tensors:
 
 def _of_adam(task: AdamTask) -> Tensors:
     return [task.param, task.grad], [task.exp_avg, task.exp_avg_sq, task.coefficients]
+
+
+def _of_fill(task: FillTask) -> Tensors:
+    return [], [task.out]
 
 
 def _vectors(task: SweepTask) -> list[Tensor]:

@@ -23,113 +23,112 @@ from torch import Tensor
 from hardy.ops import updates_eager
 from hardy.ops.triton_elementwise import Elementwise, adam_kernel, scale_kernel
 from hardy.ops.triton_fill import Fill, fill_kernel
-from hardy.ops.triton_kernels import as_arguments
 from hardy.ops.triton_launch import (
     BLOCKS,
     Entry,
     Kind,
     Launch,
+    Plan,
     Row,
     aligned,
     batches,
-    on,
     pointer,
-    run,
+    prepared,
+    stream_of,
     tile_shape,
     type_of,
 )
 from hardy.ops.triton_rounding import in_pairs, is_flat, rounded_how
 from hardy.ops.triton_sketch import MOMENTS, SKETCH
 from hardy.ops.triton_sweep import SWEEP
-from hardy.ops.updates import AdamTask, MomentTask, ScaleTask, SketchTask, SweepTask
+from hardy.ops.updates import AdamTask, FillTask, MomentTask, ScaleTask, SketchTask, SweepTask
 
 
 def sketch(tasks: Sequence[SketchTask]) -> None:
     """Do APOLLO's first sweep."""
-    _split(tasks, lambda task: task.sketch, SKETCH, updates_eager.sketch)
+    _do("sketch", tasks)
 
 
 def moments(tasks: Sequence[MomentTask]) -> None:
     """Update the moments of sketches."""
-    _split(tasks, lambda task: task.sketch, MOMENTS, updates_eager.moments)
+    _do("moments", tasks)
 
 
 def scale(tasks: Sequence[ScaleTask]) -> None:
     """Do APOLLO's second sweep."""
-    _split(
-        [task for task in tasks if task.param.numel()], lambda task: task.factor, SCALE, updates_eager.scale
-    )
+    _do("scale", tasks)
 
 
 def sweep(tasks: Sequence[SweepTask]) -> None:
     """Do SMMF's sweep."""
-    _split(tasks, lambda task: task.coefficients, SWEEP, updates_eager.sweep)
+    _do("sweep", tasks)
 
 
 def adam(tasks: Sequence[AdamTask]) -> None:
     """Do AdamW's sweep."""
-    held = [task for task in tasks if task.param.numel()]
-    _split(held, lambda task: task.coefficients, ADAM, updates_eager.adam)
+    _do("adam", tasks)
 
 
-def fill_normals(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-    """Write the normal numbers of flat indices from `start` on (`hardy.ops.philox`) into contiguous `out`.
+def fill(tasks: Sequence[FillTask]) -> None:
+    """Draw random matrices.
 
     Raises:
-        ValueError: `out` is not contiguous, or of a dtype that the kernels do not write.
+        ValueError: a tensor is not contiguous, or of a dtype that the kernels do not write.
     """
-    _fill(out, "normals", (key, start, epoch, slice))
+    _do("fill", tasks)
 
 
-def fill_signs(out: Tensor, key: int, *, start: int, epoch: int, slice: int) -> None:
-    """Write the random signs of a flat range into contiguous `out`; errors as of `fill_normals`."""
-    _fill(out, "signs", (key, start, epoch, slice))
+def prepare(sweep: str, tasks: Sequence[Any], memory: Sequence[Tensor]) -> Plan | None:
+    """Return the sweep of that name over tasks in `memory`, not yet done; None for those that compute in
+    fp64.
+    """
+    kind, _, computed = _SWEEPS[sweep]
+    if any(computed(task).dtype == torch.float64 for task in tasks):
+        return None
+    device = computed(tasks[0]).device if tasks else torch.device("cpu")
+    return prepared(kind, tasks, device, memory=memory)
 
 
-def _split(
-    tasks: Sequence[Any],
-    computed: Callable[[Any], Tensor],
-    kind: Kind,
-    eager: Callable[[Sequence[Any]], None],
-) -> None:
+def whereabouts(device: torch.device) -> int | None:
+    """Return the stream that a prepared sweep is bound to; None while a CUDA graph is captured."""
+    return stream_of(device)
+
+
+def _do(sweep: str, tasks: Sequence[Any]) -> None:
     """Give tasks whose numbers are fp64 to the eager back end, all others to the kernels."""
+    kind, eager, computed = _SWEEPS[sweep]
     wide = [task for task in tasks if computed(task).dtype == torch.float64]
     if wide:
         eager(wide)
         tasks = [task for task in tasks if computed(task).dtype != torch.float64]
     if tasks:
-        run(kind, tasks, computed(tasks[0]).device)
+        prepared(kind, tasks, computed(tasks[0]).device).run()
 
 
-def _fill(out: Tensor, kind: str, numbers: tuple[int, int, int, int]) -> None:
-    key, start, third, fourth = numbers
-    count = out.numel()
+def _describe_fill(task: FillTask) -> Entry:
+    out, count = task.out, task.out.numel()
     if not out.is_contiguous():
         raise ValueError(
             f"random numbers go into contiguous tensors, got strides {out.stride()}; fill a copy"
         )
-    if not count:
-        return
-    block = BLOCKS["fill"]
+    vector = task.start % 8 == 0 and count % 8 == 0 and out.data_ptr() % 16 == 0
+    programs = -(-(task.start % 8 + count) // (8 * BLOCKS["fill"]["groups"])) if count else 0
+    key, low = task.key, 0xFFFFFFFF
+    counters = (key & low, (key >> 32) & low, task.epoch & low, task.slice & low, task.start, count)
+    return (out.dtype, task.distribution, vector, programs), (*counters, pointer(out), 0)
+
+
+def _fill_launches(like: tuple[torch.dtype, str, bool, int], rows: list[Row]) -> list[Launch]:
+    dtype, distribution, vector, programs = like
     config = Fill(
-        out=type_of(out.dtype),
-        kind=kind,
-        vector=start % 8 == 0 and count % 8 == 0 and out.data_ptr() % 16 == 0,
-        groups=block["groups"],
+        out=type_of(dtype), distribution=distribution, vector=vector, groups=BLOCKS["fill"]["groups"]
     )
-    programs = -(-(start % 8 + count) // (8 * config.groups))
-    given = (
-        key & 0xFFFFFFFF,
-        (key >> 32) & 0xFFFFFFFF,
-        third & 0xFFFFFFFF,
-        fourth & 0xFFFFFFFF,
-        start,
-        count,
-    )
-    with on(out.device):
-        fill_kernel[(programs,)](
-            out, as_arguments(given), config, num_warps=block["warps"], num_stages=block["stages"]
-        )
+    if not programs:
+        return []
+    return [
+        Launch(kernel=fill_kernel, config=config, programs=programs, rows=part, block="fill")
+        for part in batches(rows, 0)
+    ]
 
 
 class _Like(NamedTuple):
@@ -196,6 +195,8 @@ def _elementwise(kernel: Any) -> Callable[[_Like, list[Row]], list[Launch]]:
             along=like.along,
         )
         programs = -(-like.shape[0] // tile_rows) * -(-like.shape[1] // (8 * groups))
+        if not programs:
+            return []
         return [
             Launch(kernel=kernel, config=config, programs=programs, rows=part, block="elementwise")
             for part in batches(rows, 0)
@@ -206,3 +207,14 @@ def _elementwise(kernel: Any) -> Callable[[_Like, list[Row]], list[Launch]]:
 
 ADAM = Kind(name="adam", describe=_describe_adam, launches=_elementwise(adam_kernel))
 SCALE = Kind(name="scale", describe=_describe_scale, launches=_elementwise(scale_kernel))
+FILL = Kind(name="fill", describe=_describe_fill, launches=_fill_launches)
+
+_SWEEPS: dict[str, tuple[Kind, Callable[[Sequence[Any]], None], Callable[[Any], Tensor]]] = {
+    "sketch": (SKETCH, updates_eager.sketch, lambda task: task.sketch),
+    "moments": (MOMENTS, updates_eager.moments, lambda task: task.sketch),
+    "scale": (SCALE, updates_eager.scale, lambda task: task.factor),
+    "sweep": (SWEEP, updates_eager.sweep, lambda task: task.coefficients),
+    "adam": (ADAM, updates_eager.adam, lambda task: task.coefficients),
+    "fill": (FILL, updates_eager.fill, lambda task: task.out),
+}
+"""By name: how tasks become launches, who does those in fp64, and which tensor of a task says so."""

@@ -36,6 +36,10 @@ class Geometry:
     """Axes over which sketches are summed, all workers keeping the same."""
     channel_splits: tuple[Split, ...]
     """Axes that cut channels, by the parameter's sharding or by scattering."""
+    most_channels: int
+    """Channels of the local matrices on the worker that has most, over the stack; the same on all workers."""
+    most_contracted: int
+    """Contracted length of the local matrices on the worker that has most, over the stack."""
 
     @property
     def local_contracted(self) -> int:
@@ -73,6 +77,9 @@ def geometry_of(shard: Shard, group: Group, name: str) -> Geometry:
     contracted_splits, channel_splits = (col_splits, row_splits) if tall else (row_splits, col_splits)
     alone = len(contracted_splits) == 1 and not channel_splits and group["wide_state"] == "shard"
     scattered = contracted_splits[0] if alone else None
+    stack, most_rows = (shard.largest(0) if first else 1), shard.largest(first)
+    most_cols = math.prod([shard.largest(dim) for dim in range(first + 1, len(shape))])
+    most = (most_rows, most_cols) if tall else (most_cols, most_rows)
     return Geometry(
         stack=local[0] if first else 1,
         rows=local[first],
@@ -85,4 +92,6 @@ def geometry_of(shard: Shard, group: Group, name: str) -> Geometry:
         scattered=scattered,
         summed=() if alone else contracted_splits,
         channel_splits=contracted_splits if alone else channel_splits,
+        most_channels=stack * most[0],
+        most_contracted=stack * most[1],
     )

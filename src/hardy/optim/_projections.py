@@ -5,34 +5,108 @@ element (a, k) of a projection is a function of (seed, parameter name, epoch, ex
 in the whole tensor, so every worker draws what it needs alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hardy.ops.lowrank import top_directions
 from hardy.ops.philox import key_for
+from hardy.ops.updates import FillTask
 from hardy.optim._geometry import Geometry, is_stack
-from hardy.optim._rule import Bundle, Member
+from hardy.optim._rule import Bundle, Group, Member
 from hardy.optim._sharded import copy_of_first, gather_whole, local_part
 
 
-def bases_of(
-    bundle: Bundle, member: Member, geometry: Geometry, grad: Tensor | None
-) -> Callable[[int], Tensor]:
-    """Return a function from the local matrix's place in the stack to its projection [K, rank]."""
-    group = bundle.group
-    low = grad is not None and grad.dtype == torch.bfloat16
-    epoch, late = divmod(group["calls"], group["update_proj_gap"])
-    offset = member.shard.offset[0] if is_stack(member.shard.shape, group) else 0
+@dataclass(frozen=True, slots=True)
+class Bases:
+    """The projections of a bundle's matrices."""
+
+    of: Callable[[int, int], Tensor]
+    """From a member's index and a local matrix's place in the stack to its projection [K, rank]."""
+    memory: Sequence[Tensor]
+    """The tensors that all of them lie in."""
+
+
+def bases_of(bundle: Bundle, geometry: Geometry) -> Bases:
+    """Return what the gradients of a bundle are projected on.
+
+    On a CPU, where drawing is slow, random projections are kept for their epoch; elsewhere those of the
+    bundle are drawn together, at each step, for bf16 gradients as bf16.
+    """
+    group, count = bundle.group, len(bundle.members)
     if group["proj"] == "svd":
-        if late == 0:
-            _refresh_basis(bundle, member, geometry, epoch)
-        begin, length = geometry.contracted_begin, geometry.local_contracted
-        basis = member.local["basis"].view(geometry.stack, geometry.rank, geometry.contracted)
-        part = basis[:, :, begin : begin + length].transpose(-1, -2).contiguous()
-        return lambda level: _representable(part[level], low)
-    return lambda level: _random_basis(bundle, member, geometry, epoch, offset + level, low)
+        own = [_own_basis(bundle, index, geometry) for index in range(count)]
+        return Bases(lambda index, level: own[index][level], own)
+    if bundle.device.type == "cpu" or group["share_projection"]:
+        kept = [
+            [_kept_projection(bundle, index, level, geometry) for level in range(geometry.stack)]
+            for index in range(count)
+        ]
+        return Bases(lambda index, level: kept[index][level], [basis for some in kept for basis in some])
+    low = any(grad is not None and grad.dtype == torch.bfloat16 for grad in bundle.grads)
+    sizes = (count, geometry.stack, geometry.local_contracted, geometry.rank)
+    drawn = torch.empty(sizes, dtype=torch.bfloat16 if low else torch.float32, device=bundle.device)
+    places = [(index, level) for index in range(count) for level in range(geometry.stack)]
+    bundle.sweep(
+        "fill",
+        drawn,
+        tasks=lambda: [_draw(drawn[place], _numbers_of(bundle, *place, geometry)) for place in places],
+        epoch=_epoch(group),
+    )
+    whole = drawn if low else drawn.to(bundle.dtype)
+    return Bases(lambda index, level: whole[index, level], [whole])
+
+
+def projection_bytes(param: Tensor, geometry: Geometry) -> int:
+    """Return what is drawn for a parameter at each step and not kept."""
+    return 0 if param.device.type == "cpu" else 2 * geometry.most_contracted * geometry.rank
+
+
+def _epoch(group: Group) -> int:
+    return group["calls"] // group["update_proj_gap"]
+
+
+class _Numbers(NamedTuple):
+    """Which random numbers a projection is made of; equal ones are equal projections."""
+
+    distribution: Literal["normal", "rademacher"]
+    key: int
+    start: int
+    epoch: int
+    slice: int
+
+
+def _numbers_of(bundle: Bundle, index: int, level: int, geometry: Geometry) -> _Numbers:
+    group, member = bundle.group, bundle.members[index]
+    expert = level + (member.shard.offset[0] if is_stack(member.shard.shape, group) else 0)
+    key = member.projection_key
+    if group["share_projection"]:
+        key, expert = key_for(group["seed"], f"contracted {geometry.contracted}", purpose="hardy.proj.v1"), 0
+    start = geometry.contracted_begin * geometry.rank
+    return _Numbers(group["proj"], key, start, _epoch(group), expert)
+
+
+def _draw(out: Tensor, numbers: _Numbers) -> FillTask:
+    return FillTask(out=out, **numbers._asdict())
+
+
+def _kept_projection(bundle: Bundle, index: int, level: int, geometry: Geometry) -> Tensor:
+    """Return the random projection of one matrix, drawn at most once in its epoch."""
+    grad, numbers = bundle.grads[index], _numbers_of(bundle, index, level, geometry)
+    low = grad is not None and grad.dtype == torch.bfloat16
+    sizes = (geometry.local_contracted, geometry.rank)
+    where = (*numbers._replace(epoch=0), *sizes, low, bundle.dtype, bundle.device)
+    kept_epoch, kept = bundle.projections.get(where, (None, None))
+    if kept is not None and kept_epoch == numbers.epoch:
+        return kept
+    drawn = torch.empty(sizes, dtype=torch.float32, device=bundle.device)
+    bundle.backend.fill([_draw(drawn, numbers)])
+    drawn = _representable(drawn.to(bundle.dtype), low)
+    bundle.projections[where] = (numbers.epoch, drawn)
+    return drawn
 
 
 def _representable(basis: Tensor, low: bool) -> Tensor:
@@ -40,26 +114,16 @@ def _representable(basis: Tensor, low: bool) -> Tensor:
     return basis.to(torch.bfloat16).to(basis.dtype) if low else basis
 
 
-def _random_basis(
-    bundle: Bundle, member: Member, geometry: Geometry, epoch: int, expert: int, low: bool
-) -> Tensor:
-    """Return the random projection of one matrix; on a CPU, where drawing is slow, keep it for its epoch."""
-    group, rank = bundle.group, geometry.rank
-    key = member.projection_key
-    if group["share_projection"]:
-        key, expert = key_for(group["seed"], f"contracted {geometry.contracted}", purpose="hardy.proj.v1"), 0
+def _own_basis(bundle: Bundle, index: int, geometry: Geometry) -> Tensor:
+    """Return the local part of the singular directions, [stack, K, rank]; new ones at the gap."""
+    group, member, grad = bundle.group, bundle.members[index], bundle.grads[index]
+    epoch, late = divmod(group["calls"], group["update_proj_gap"])
+    if late == 0:
+        _refresh_basis(bundle, member, geometry, epoch)
     begin, length = geometry.contracted_begin, geometry.local_contracted
-    where = (key, expert, begin, length, rank, group["proj"], low, bundle.dtype, bundle.device)
-    kept_epoch, kept = bundle.projections.get(where, (None, None))
-    if kept is not None and kept_epoch == epoch:
-        return kept
-    drawn = torch.empty(length, rank, dtype=torch.float32, device=bundle.device)
-    draw = bundle.backend.fill_normals if group["proj"] == "normal" else bundle.backend.fill_signs
-    draw(drawn, key, start=begin * rank, epoch=epoch, slice=expert)
-    drawn = _representable(drawn.to(bundle.dtype), low)
-    if bundle.device.type == "cpu" or group["share_projection"]:
-        bundle.projections[where] = (epoch, drawn)
-    return drawn
+    basis = member.local["basis"].view(geometry.stack, geometry.rank, geometry.contracted)
+    part = basis[:, :, begin : begin + length].transpose(-1, -2).contiguous()
+    return _representable(part, grad is not None and grad.dtype == torch.bfloat16)
 
 
 def _refresh_basis(bundle: Bundle, member: Member, geometry: Geometry, epoch: int) -> None:
@@ -87,7 +151,8 @@ def _refresh_basis(bundle: Bundle, member: Member, geometry: Geometry, epoch: in
             copy_of_first(new, inner)
         drawn = torch.empty(geometry.contracted, geometry.rank, device=basis.device)
         expert = shard.offset[0] + level if first else 0
-        bundle.backend.fill_normals(drawn, member.projection_key, start=0, epoch=epoch, slice=expert)
+        numbers = _Numbers("normal", member.projection_key, 0, epoch, expert)
+        bundle.backend.fill([_draw(drawn, numbers)])
         random = torch.linalg.qr(drawn.to(basis.dtype)).Q.T
         old = torch.where((basis[level] != 0).any(), basis[level], random)
         basis[level].copy_(torch.where(usable, new, old))

@@ -4,20 +4,21 @@ A rule holds no state of its own. The shell (`_shell.py`) hands it bundles of pa
 drives its `update` through three rounds of exchange with the other workers.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hardy.ops.updates import Backend, Place, Rounding
+from hardy.ops.updates import Backend, Place, Prepared, Rounding, choose_backend, preparing
 from hardy.optim._sharded import Round, Shard, local_part, own_columns
 
 Group = dict[str, Any]
 
-TEMPORARY_BYTES = 32 * 2**20
+TEMPORARY_BYTES = 48 * 2**20
 """What a step may hold between its rounds at a time; parameters beyond that wait for the next batch."""
 SHARED_DEFAULTS: Mapping[str, Any] = {
     "lr": 1e-3,
@@ -56,6 +57,7 @@ class Member:
     specs: Mapping[str, StateSpec]
     alike: tuple[Any, ...]
     """Members with equal values here may stand in one bundle."""
+    temporary_bytes: int = 0
     local: dict[str, Tensor] = field(default_factory=dict)
     """This worker's part of each state tensor."""
 
@@ -72,21 +74,82 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """Parameters of one group that are alike, with what one step brings."""
+    """Parameters of one group that are alike, and between `bring` and `drop` what one step brings."""
 
     group: Group
     members: list[Member]
-    params: list[Tensor]
-    """Contiguous local parts; those of int8 weights are virtual and have one element (`int8_linear.py`)."""
-    grads: list[Tensor | None]
-    """Contiguous local parts; None where a parameter has no gradient."""
-    backend: Backend
-    grad_scale: Tensor | None
-    found_inf: Tensor | None
     projections: dict[Any, tuple[int, Tensor]]
     """Random matrices kept between steps, with their epoch; see `apollo.py`."""
+    params: list[Tensor] = field(default_factory=list)
+    """Contiguous local parts; those of int8 weights are virtual and have one element (`int8_linear.py`)."""
+    grads: list[Tensor | None] = field(default_factory=list)
+    """Contiguous local parts; None where a parameter has no gradient."""
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
     moved: Tensor | None = None
     """Set by `update`: which parameters had a gradient other than zero, over all workers."""
+    _memory: list[Tensor] | None = None
+    """Parameters, gradients and state of this step, once a sweep has asked."""
+    _addresses: list[int] = field(default_factory=list)
+    _prepared: dict[str, tuple[Any, Prepared]] = field(default_factory=dict)
+    """By sweep; with what it was prepared for."""
+
+    def bring(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        *,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """Take in what a step works on; `members` have their local state already."""
+        self.params, self.grads, self._memory = params, grads, None
+        self.grad_scale, self.found_inf = grad_scale, found_inf
+
+    def drop(self) -> None:
+        """Let the step's tensors go."""
+        self.params, self.grads, self._memory = [], [], None
+        self.grad_scale = self.found_inf = self.moved = None
+        for member in self.members:
+            member.local = {}
+
+    @property
+    def backend(self) -> Backend:
+        """Who sweeps."""
+        return choose_backend(self.group["backend"], self.device)
+
+    def sweep(self, name: str, *buffers: Tensor, tasks: Callable[[], Sequence[Any]], epoch: int = 0) -> None:
+        """Do a sweep; a back end that can prepare it is told its tasks only once.
+
+        Args:
+            name: of the sweep, a function of the back end.
+            buffers: contiguous tensors that tasks name besides the parameters, gradients and state of the
+                bundle; from step to step as many, of the same sizes.
+            tasks: called where the sweep is new; what it returns is a function of all these, of settings of
+                the group and of `epoch`, and of nothing else that changes from step to step.
+            epoch: see `tasks`.
+        """
+        backend = preparing(self.backend)
+        bound_to = None if backend is None else backend.whereabouts(self.device)
+        if backend is None or bound_to is None:
+            getattr(self.backend, name)(tasks())
+            return
+        if self._memory is None:
+            states = [value for member in self.members for value in member.local.values()]
+            self._memory = [*self.params, *[grad for grad in self.grads if grad is not None], *states]
+            self._addresses = [tensor.data_ptr() for tensor in self._memory]
+        settings = [self.group[key] for key in (*self.members[0].rule.defaults, "bf16_update")]
+        held = [(param.dtype, grad is None) for param, grad in zip(self.params, self.grads, strict=True)]
+        told = (bound_to, epoch, settings, held)
+        addresses = self._addresses + [buffer.data_ptr() for buffer in buffers]
+        kept, sweep = self._prepared.get(name, (None, None))
+        if sweep is None or kept != told or not sweep.move(addresses):
+            sweep = backend.prepare(name, tasks(), [*self._memory, *buffers])
+            if sweep is None:
+                getattr(backend, name)(tasks())
+                return
+            self._prepared[name] = (told, sweep)
+        sweep.run()
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +241,16 @@ def local_shape(spec: StateSpec, shard: Shard) -> tuple[int, ...]:
             begin, end = own_columns(shape[dim], split)
             shape[dim] = end - begin
     return tuple(shape)
+
+
+def largest_numel(spec: StateSpec, shard: Shard) -> int:
+    """Return the elements of a state tensor's part on the worker that holds most."""
+    shape = list(spec.shape)
+    for split in shard.splits:
+        if split.dim in spec.dims:
+            dim = spec.dims[split.dim]
+            shape[dim] = -(-shape[dim] // split.size)
+    return math.prod(shape)
 
 
 def own_part(value: Tensor, spec: StateSpec, shard: Shard) -> Tensor:

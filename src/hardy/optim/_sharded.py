@@ -56,6 +56,13 @@ class Shard:
         """Return the axes that cut `dim`."""
         return tuple(split for split in self.splits if split.dim == dim)
 
+    def largest(self, dim: int) -> int:
+        """Return the length of `dim` on the worker that holds most of it."""
+        size = self.shape[dim]
+        for split in self.splits_of(dim):
+            size = -(-size // split.size)
+        return size
+
     def wrap(self, local: Tensor, shape: Sequence[int], dims: Mapping[int, int]) -> Tensor:
         """Return state that is sharded as the parameter is: a DTensor, or `local` itself if no axis cuts it.
 

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from hardy.config import unknown_name
 from hardy.ops.philox import canonical_name, key_for
-from hardy.ops.updates import choose_backend
 from hardy.optim._rule import (
     SHARED_DEFAULTS,
     TEMPORARY_BYTES,
@@ -53,6 +52,7 @@ class RuleOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], *, kind: str, settings: Mapping[str, Any]) -> None:
         self._members: dict[Tensor, Member] = {}
         self._projections: dict[Any, tuple[int, Tensor]] = {}
+        self._kept: dict[tuple[Member, ...], list[Bundle]] = {}
         self._release: GradientRelease | None = None
         known = {**SHARED_DEFAULTS, **self.rules[kind].defaults}
         for setting in settings:
@@ -65,6 +65,7 @@ class RuleOptimizer(Optimizer):
         super().__setstate__(state)
         self._members = {}
         self._projections = {}
+        self._kept = {}
         self._release = None
 
     def add_param_group(self, param_group: Group) -> None:
@@ -152,10 +153,9 @@ class RuleOptimizer(Optimizer):
                     group["calls"] += 1
             return loss
         fresh = self.materialize_state()
-        bundles = list(self._bundles(self._all_members(), grad_scale, found_inf))
-        for batch in _batches(bundles):
-            self._run(batch, group_of=_mesh_group)
-        self._count_call(bundles, fresh=fresh)
+        bundles = self._bundles(self._all_members())
+        moved = self._update(bundles, grad_scale, found_inf, group_of=_mesh_group)
+        self._count_call(moved, fresh=fresh)
         return loss
 
     def enable_release(self, model: nn.Module, *, accumulation_steps: int = 1) -> None:
@@ -192,8 +192,38 @@ class RuleOptimizer(Optimizer):
 
     def _update_unit(self, params: list[Tensor], group_of: Callable[[Split], ProcessGroup]) -> None:
         members = [self._members[param] for param in params]
-        for batch in _batches(list(self._bundles(members, None, None))):
-            self._run(batch, group_of=group_of)
+        self._update(self._bundles(members), None, None, group_of=group_of)
+
+    def _update(
+        self,
+        bundles: list[Bundle],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        *,
+        group_of: Callable[[Split], ProcessGroup],
+    ) -> list[Tensor]:
+        """Take a step with some bundles; return what they say of their gradients (`Bundle.moved`)."""
+        moved = []
+        for batch in _batches(bundles):
+            try:
+                for bundle in batch:
+                    self._bring(bundle, grad_scale, found_inf)
+                self._run(batch, group_of=group_of)
+                moved += [bundle.moved for bundle in batch if bundle.moved is not None]
+            finally:
+                for bundle in batch:
+                    bundle.drop()
+        return moved
+
+    def _bring(self, bundle: Bundle, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for member in bundle.members:
+            member.local = {key: local_part(value) for key, value in self.state[member.param].items()}
+        bundle.bring(
+            [_work_part(member.param) for member in bundle.members],
+            [_local_grad(member) for member in bundle.members],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
 
     def _run(self, bundles: list[Bundle], *, group_of: Callable[[Split], ProcessGroup]) -> None:
         """Drive the rules of some bundles through their rounds, in lockstep."""
@@ -267,6 +297,7 @@ class RuleOptimizer(Optimizer):
                 members.append(member)
         if len(members) != len(self._members):
             self._members = {member.param: member for member in members}
+            self._kept = {}
         return members
 
     def _new_member(self, index: int, name: str, param: Tensor) -> Member:
@@ -296,35 +327,29 @@ class RuleOptimizer(Optimizer):
             specs=specs,
             alike=(index, param.dtype, local_part(param).device, shard.splits, rule.alike(shard)),
         )
+        member.temporary_bytes = rule.temporary_bytes(member)
         self._members[param] = member
         return member
 
-    def _bundles(
-        self, members: Iterable[Member], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Iterator[Bundle]:
-        """Yield parameters that are alike together; the same on all workers."""
+    def _bundles(self, members: Iterable[Member]) -> list[Bundle]:
+        """Return parameters that are alike together; the same on all workers."""
+        held = tuple([x for x in members if x.param.grad is not None or x.shard.splits])
+        kept = self._kept.get(held)
+        if kept is not None:
+            return kept
         alike: dict[Any, list[Member]] = {}
-        for member in members:
-            if member.param.grad is not None or member.shard.splits:
-                alike.setdefault(member.alike, []).append(member)
-        for together in alike.values():
-            for some in _portions(together):
-                group = some[0].group
-                params = [_work_part(member.param) for member in some]
-                for member in some:
-                    member.local = {key: local_part(x) for key, x in self.state[member.param].items()}
-                yield Bundle(
-                    group=group,
-                    members=some,
-                    params=params,
-                    grads=[_local_grad(member) for member in some],
-                    backend=choose_backend(group["backend"], params[0].device),
-                    grad_scale=grad_scale,
-                    found_inf=found_inf,
-                    projections=self._projections,
-                )
+        for member in held:
+            alike.setdefault(member.alike, []).append(member)
+        if len(self._kept) > len(self._members):  # which gradients there are changes from step to step
+            self._kept.clear()
+        self._kept[held] = [
+            Bundle(group=some[0].group, members=some, projections=self._projections)
+            for together in alike.values()
+            for some in _portions(together)
+        ]
+        return self._kept[held]
 
-    def _count_call(self, bundles: list[Bundle], *, fresh: bool) -> None:
+    def _count_call(self, moved: list[Tensor], *, fresh: bool) -> None:
         """Count the call, unless it was the zero-gradient step at rate 0 of a checkpoint.
 
         Only where that is possible - every rate is the number 0, or a first step with a rate kept in a tensor
@@ -334,7 +359,6 @@ class RuleOptimizer(Optimizer):
         in_tensor = any(isinstance(rate, Tensor) for rate in rates)
         may_be_empty = fresh if in_tensor else all(rate == 0 for rate in rates)
         if may_be_empty and all(bool(rate == 0) for rate in rates):
-            moved = [bundle.moved for bundle in bundles if bundle.moved is not None]
             if not any(bool(some.any()) for some in moved):
                 return
         for group in self.param_groups:
@@ -350,7 +374,7 @@ def _portions(members: list[Member]) -> Iterator[list[Member]]:
     some: list[Member] = []
     held = 0
     for member in members:
-        needed = member.rule.temporary_bytes(member)
+        needed = member.temporary_bytes
         if some and held + needed > TEMPORARY_BYTES:
             yield some
             some, held = [], 0
@@ -364,7 +388,7 @@ def _batches(bundles: list[Bundle]) -> Iterator[list[Bundle]]:
     batch: list[Bundle] = []
     held = 0
     for bundle in bundles:
-        needed = sum(member.rule.temporary_bytes(member) for member in bundle.members)
+        needed = sum([member.temporary_bytes for member in bundle.members])
         if batch and held + needed > TEMPORARY_BYTES:
             yield batch
             batch, held = [], 0

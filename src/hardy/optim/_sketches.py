@@ -24,9 +24,9 @@ def matrices_of(tensor: Tensor, geometry: Geometry) -> Tensor:
 
 
 def sketch_bytes(geometry: Geometry) -> int:
-    """Return what one parameter holds from the first round to its moments."""
+    """Return what one parameter holds from the first round to its moments; the same on all workers."""
     copies = 2 if geometry.scattered is not None or geometry.summed else 1
-    return 4 * copies * geometry.stack * (geometry.rank + 1) * geometry.local_channels
+    return 4 * copies * (geometry.rank + 1) * geometry.most_channels
 
 
 def is_banded(geometry: Geometry) -> bool:
@@ -43,26 +43,30 @@ def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
     count, stack = len(bundle.members), geometry.stack
     banded = is_banded(geometry)
     rank = 1 if banded else geometry.rank
+    places = [(index, level) for index in range(count) for level in range(stack)]
     tall, channels = geometry.contracts == "cols", geometry.local_channels
     like = torch.empty((), dtype=bundle.dtype, device=bundle.device)
     sketch = like.new_zeros(count, stack, *((channels, rank) if tall else (rank, channels)))
     squares = like.new_zeros(count, stack, channels)
-    tasks = []
-    for index, (member, grad) in enumerate(zip(bundle.members, bundle.grads, strict=True)):
-        bases = bases_of(bundle, member, geometry, grad)
-        if grad is None or grad.numel() == 0:
-            continue
-        for level in range(stack):
-            tasks.append(
-                SketchTask(
-                    grad=matrices_of(grad, geometry)[level],
-                    projection_KR=bases(level)[:, :rank].contiguous(),
-                    contracts=geometry.contracts,
-                    sketch=sketch[index, level],
-                    squares=squares[index, level],
-                )
+    bases = bases_of(bundle, geometry)
+    parts = {where: bases.of(*where)[:, :rank].contiguous() for where in places} if banded else None
+
+    def tasks() -> list[SketchTask]:
+        return [
+            SketchTask(
+                grad=matrices_of(grad, geometry)[level],
+                projection_KR=bases.of(index, level) if parts is None else parts[index, level],
+                contracts=geometry.contracts,
+                sketch=sketch[index, level],
+                squares=squares[index, level],
             )
-    bundle.backend.sketch(tasks)
+            for index, grad in enumerate(bundle.grads)
+            if grad is not None and grad.numel() > 0
+            for level in range(stack)
+        ]
+
+    memory = bases.memory if parts is None else parts.values()
+    bundle.sweep("sketch", sketch, squares, *memory, tasks=tasks)
     norms = torch.cat([squares.sum(-1), bundle.present().unsqueeze(-1)], dim=-1)
     wanted = Round(sums=[Sum(norms, geometry.channel_splits + geometry.summed)])
     if geometry.scattered is not None:
@@ -97,21 +101,24 @@ def update_moments(
         return before, after, step
     own = sketch.shape[-2] if tall else sketch.shape[-1]
     before, after = sketch.new_zeros(2, *active.shape, own)
-    tasks = [
-        MomentTask(
-            sketch=sketch[index, level],
-            exp_avg=member.local["exp_avg"].view(geometry.stack, *sketch.shape[2:])[level],
-            exp_avg_sq=member.local["exp_avg_sq"].view(geometry.stack, *sketch.shape[2:])[level],
-            channels="rows" if tall else "cols",
-            coefficients=coefficients[index, level],
-            before=before[index, level],
-            after=after[index, level],
-        )
-        for index, member in enumerate(bundle.members)
-        for level in range(geometry.stack)
-        if own > 0
-    ]
-    bundle.backend.moments(tasks)
+
+    def tasks() -> list[MomentTask]:
+        return [
+            MomentTask(
+                sketch=sketch[index, level],
+                exp_avg=member.local["exp_avg"].view(geometry.stack, *sketch.shape[2:])[level],
+                exp_avg_sq=member.local["exp_avg_sq"].view(geometry.stack, *sketch.shape[2:])[level],
+                channels="rows" if tall else "cols",
+                coefficients=coefficients[index, level],
+                before=before[index, level],
+                after=after[index, level],
+            )
+            for index, member in enumerate(bundle.members)
+            for level in range(geometry.stack)
+            if own > 0
+        ]
+
+    bundle.sweep("moments", sketch, coefficients, before, after, tasks=tasks)
     return before, after, step
 
 
@@ -119,12 +126,12 @@ def _moments_by_band(
     bundle: Bundle, geometry: Geometry, coefficients: Tensor, before: Tensor, after: Tensor
 ) -> None:
     """Make each sketch band by band and use it at once; add up what the channels were before and after."""
+    bases = bases_of(bundle, geometry)
     for index, (member, grad) in enumerate(zip(bundle.members, bundle.grads, strict=True)):
-        bases = bases_of(bundle, member, geometry, grad)
         if grad is None or grad.numel() == 0:
             continue
         for level in range(geometry.stack):
-            grad_RC, basis_KR = matrices_of(grad, geometry)[level], bases(level)
+            grad_RC, basis_KR = matrices_of(grad, geometry)[level], bases.of(index, level)
             moments = [
                 member.local[key].view(geometry.stack, -1, member.local[key].shape[-1])[level]
                 for key in ("exp_avg", "exp_avg_sq")

@@ -76,20 +76,32 @@ class AdamWRule(Rule):
         ]
         coefficients = table(columns, like=active.to(bundle.dtype))
         step = step + active * bundle.present()
-        bundle.backend.adam(
-            [
-                dense_task(bundle, index, grad, coefficients[index], step[index])
-                for index, grad in enumerate(bundle.grads)
-                if grad is not None and grad.numel() > 0
-            ]
-        )
+        sweep_dense(bundle, coefficients, step)
         bundle.write_back("step", step)
         yield Round()
         yield Round()
 
 
-def dense_task(bundle: Bundle, index: int, grad: Tensor, coefficients: Tensor, step: Tensor) -> AdamTask:
-    """Return the sweep for one parameter with moments of its own shape."""
+def sweep_dense(bundle: Bundle, coefficients: Tensor, step: Tensor) -> None:
+    """Update parameters with moments of their own shape.
+
+    Args:
+        bundle: the parameters.
+        coefficients: [n, 9], those of `AdamTask`.
+        step: [n], counts of steps, this one included.
+    """
+
+    def tasks() -> list[AdamTask]:
+        return [
+            _dense_task(bundle, index, grad, coefficients[index], step[index])
+            for index, grad in enumerate(bundle.grads)
+            if grad is not None and grad.numel() > 0
+        ]
+
+    bundle.sweep("adam", coefficients, step, tasks=tasks)
+
+
+def _dense_task(bundle: Bundle, index: int, grad: Tensor, coefficients: Tensor, step: Tensor) -> AdamTask:
     member, rows = bundle.members[index], flat_rows(bundle.members[index].shard)
     return AdamTask(
         param=bundle.params[index].view(rows),

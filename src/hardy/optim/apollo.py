@@ -27,6 +27,7 @@ from hardy.ops.lowrank import length_ratio, limit_growth, remember_norm
 from hardy.ops.quantize import requantize_step
 from hardy.ops.updates import Place, Rounding, ScaleTask
 from hardy.optim._geometry import Geometry, geometry_of, is_stack
+from hardy.optim._projections import projection_bytes
 from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, require
 from hardy.optim._sharded import Gather, Round, Shard, Sum
 from hardy.optim._sketches import matrices_of, sketch_bytes, sketch_round, update_moments
@@ -111,8 +112,9 @@ class ApolloRule(Rule):
         return (shard.shape, shard.local_shape)
 
     def temporary_bytes(self, member: Member) -> int:
-        """Hold the local sketch, and what is sent of it."""
-        return sketch_bytes(geometry_of(member.shard, member.group, member.name))
+        """Hold the local sketch, what is sent of it, and the projection where it is not kept."""
+        geometry = geometry_of(member.shard, member.group, member.name)
+        return sketch_bytes(geometry) + projection_bytes(member.param, geometry)
 
     def update(self, bundle: Bundle) -> Iterator[Round]:
         """Take one step: sketch, sum; moments and factors, sum; gather factors, scale the gradient."""
@@ -207,28 +209,30 @@ def _scale(bundle: Bundle, geometry: Geometry, factor: Tensor, active: Tensor, s
     along = "all" if group["scale_type"] == "tensor" else "rows" if geometry.contracts == "cols" else "cols"
     decayed = 1 - group["lr"] * group["weight_decay"]
     keep = (active * decayed + (1 - active)).unsqueeze(-1)
-    tasks = []
-    for index, grad in enumerate(bundle.grads):
-        if grad is None or grad.numel() == 0:
-            continue
+    held = [(i, grad) for i, grad in enumerate(bundle.grads) if grad is not None and grad.numel() > 0]
+    for index, grad in held:
         param = bundle.members[index].param
         if isinstance(param, VirtualWeight):
             rounding = _rounding(bundle, index, 0, geometry, step)
             factors, kept = factor[index, 0], keep[index, 0]
             requantize_step(param.matrix(), grad, factor=factors, along=along, keep=kept, rounding=rounding)
-            continue
-        for level in range(geometry.stack):
-            tasks.append(
-                ScaleTask(
-                    param=matrices_of(bundle.params[index], geometry)[level],
-                    grad=matrices_of(grad, geometry)[level],
-                    factor=factor[index, level],
-                    along=along,
-                    keep=keep[index, level],
-                    rounding=_rounding(bundle, index, level, geometry, step),
-                )
+
+    def tasks() -> list[ScaleTask]:
+        return [
+            ScaleTask(
+                param=matrices_of(bundle.params[index], geometry)[level],
+                grad=matrices_of(grad, geometry)[level],
+                factor=factor[index, level],
+                along=along,
+                keep=keep[index, level],
+                rounding=_rounding(bundle, index, level, geometry, step),
             )
-    bundle.backend.scale(tasks)
+            for index, grad in held
+            if not isinstance(bundle.members[index].param, VirtualWeight)
+            for level in range(geometry.stack)
+        ]
+
+    bundle.sweep("scale", factor, keep, step, tasks=tasks)
 
 
 def _rounding(bundle: Bundle, index: int, level: int, geometry: Geometry, step: Tensor) -> Rounding:

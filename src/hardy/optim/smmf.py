@@ -23,16 +23,16 @@ from torch import Tensor
 
 from hardy.ops.factorize import matrix_shape
 from hardy.ops.updates import Place, SweepTask
-from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, local_shape, require, table
+from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, largest_numel, require, table
 from hardy.optim._sharded import Round, Shard, Sum
 from hardy.optim.adaptive import (
-    dense_task,
     flat_place,
     flat_rows,
     gate,
     may_stand_still,
     moment_spec,
     square_norms,
+    sweep_dense,
 )
 
 
@@ -106,7 +106,7 @@ class SMMFRule(Rule):
     def temporary_bytes(self, member: Member) -> int:
         """Hold the sums of |m| and v."""
         vectors = [spec for key, spec in member.specs.items() if key.startswith(("row_", "col_"))]
-        return 2 * 4 * sum(math.prod(local_shape(spec, member.shard)) for spec in vectors)
+        return 2 * 4 * sum(largest_numel(spec, member.shard) for spec in vectors)
 
     def update(self, bundle: Bundle) -> Iterator[Round]:
         """Take one step: one sweep, then one sum for the factors."""
@@ -222,33 +222,38 @@ def _sweep(bundle: Bundle, coefficients: Tensor, step: Tensor) -> Tensor:
     keys = [key for key in ("row_m", "col_m", "row_v", "col_v") if key in member.local]
     length = sum(member.local[key].shape[-1] for key in keys) + 1
     sums = coefficients.new_zeros(len(bundle.members), stack, length)
-    tasks = []
-    for index, (member, grad) in enumerate(zip(bundle.members, bundle.grads, strict=True)):
-        if grad is None or grad.numel() == 0:
-            continue
-        factors = {key: member.local[key].view(stack, -1) for key in keys}
-        sign = member.local.get("sign")
-        for level in range(stack):
-            tasks.append(
-                SweepTask(
-                    param=bundle.params[index].view(stack, rows, cols)[level],
-                    grad=grad.view(stack, rows, cols)[level],
-                    row_m=factors["row_m"][level] if sign is not None else None,
-                    col_m=factors["col_m"][level] if sign is not None else None,
-                    row_v=factors["row_v"][level],
-                    col_v=factors["col_v"][level],
-                    sign=None if sign is None else sign.view(stack, -1, sign.shape[-1])[level],
-                    packed=group["pack"],
-                    coefficients=coefficients[index],
-                    skip_zeros=group["mask_zero_grad"],
-                    place=place,
-                    sums=sums[index, level],
-                    rounding=bundle.rounding(
-                        index, place, step[index] + 1, shape=(stack, rows, cols), level=level
-                    ),
-                )
-            )
-    bundle.backend.sweep(tasks)
+    following = step + 1
+
+    def task(index: int, grad: Tensor, level: int) -> SweepTask:
+        local = bundle.members[index].local
+        factors = {key: local[key].view(stack, -1)[level] for key in keys}
+        sign = local.get("sign")
+        sizes = (stack, rows, cols)
+        return SweepTask(
+            param=bundle.params[index].view(sizes)[level],
+            grad=grad.view(sizes)[level],
+            row_m=factors.get("row_m"),
+            col_m=factors.get("col_m"),
+            row_v=factors["row_v"],
+            col_v=factors["col_v"],
+            sign=None if sign is None else sign.view(stack, -1, sign.shape[-1])[level],
+            packed=group["pack"],
+            coefficients=coefficients[index],
+            skip_zeros=group["mask_zero_grad"],
+            place=place,
+            sums=sums[index, level],
+            rounding=bundle.rounding(index, place, following[index], shape=sizes, level=level),
+        )
+
+    def tasks() -> list[SweepTask]:
+        return [
+            task(index, grad, level)
+            for index, grad in enumerate(bundle.grads)
+            if grad is not None and grad.numel() > 0
+            for level in range(stack)
+        ]
+
+    bundle.sweep("sweep", coefficients, sums, following, tasks=tasks)
     return sums
 
 
@@ -271,11 +276,4 @@ def _sweep_dense(bundle: Bundle, coefficients: Tensor, step: Tensor) -> None:
     active = coefficients[:, 0]
     columns: list[Tensor | float] = [active, coefficients[:, 1], coefficients[:, 2], coefficients[:, 3], 1.0]
     columns += [group["eps"], coefficients[:, 4], coefficients[:, 5], coefficients[:, 7]]
-    as_adam = table(columns, like=active.to(bundle.dtype))
-    bundle.backend.adam(
-        [
-            dense_task(bundle, index, grad, as_adam[index], step[index] + 1)
-            for index, grad in enumerate(bundle.grads)
-            if grad is not None and grad.numel() > 0
-        ]
-    )
+    sweep_dense(bundle, table(columns, like=active.to(bundle.dtype)), step + 1)
