@@ -62,9 +62,9 @@ def optimizer_table():
         cells = [
             r["optimizer"],
             f"{r['tensors']} x {r['largest']} {r['dtype']}",
-            f"{r['over_fused_adamw']:.2f} ({low:.2f} to {high:.2f})",
+            f"{r['over_fused_adamw']:.2f} ({low:.2f} to {high:.2f})" + alone(r),
             f"{r['over_limit']:.2f} ({r['limit_is']})",
-            f"{r['limit_bytes_per_element']:g}, {r['counted_bytes_per_element']:g}",
+            f"{r['limit_bytes_per_element']:g}, {r['counted_bytes_per_element'] or '–'}",
             f"{r['temporary_megabytes']:g} MiB",
             f"{r['state_bytes_per_element']:g}",
             f"{r.get('gpu', r['device'])}, {r['machine']}, {r['threads']} threads, torch {r['torch']}",
@@ -72,6 +72,14 @@ def optimizer_table():
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def alone(result):
+    """Return the ratio of steps that begin on an idle GPU, and what the host takes for one."""
+    if result["device"] != "cuda":
+        return ""
+    ratio, host_ms = result["over_fused_adamw_alone"], result["host_milliseconds"]
+    return f"; from idle {ratio:.2f}, host {host_ms:.1f} ms"
 
 
 def page(text):

@@ -30,7 +30,7 @@ pytestmark = [
 ]
 BF16, FP32 = torch.bfloat16, torch.float32
 WRITTEN = ("param", "exp_avg", "exp_avg_sq", "sketch", "squares", "before", "after", "sums")
-SHAPES = [(512, 512), (768, 2048), (2048, 776), (333, 517), (1, 4099), (4099, 1)]
+SHAPES = [(512, 512), (768, 2048), (2048, 776), (512, 517), (64, 2100), (333, 517), (1, 4099), (4099, 1)]
 DTYPES = [(FP32, FP32, "nearest"), (BF16, BF16, "stochastic"), (BF16, FP32, "kahan"), (FP32, BF16, "nearest")]
 
 
@@ -68,9 +68,10 @@ def adam_task(shape, dtypes):
     )
 
 
-def scale_task(shape, dtypes, along="rows"):
+def scale_task(shape, dtypes):
     param, grad = pair(shape, dtypes)
-    factor = draw({"rows": shape[0], "cols": shape[1], "all": 1}[along], seed=2).abs()
+    along = "rows" if shape[0] >= shape[1] else "cols"
+    factor = draw(max(shape), seed=2).abs()
     keep = torch.tensor([0.98], device="cuda")
     return ScaleTask(
         param=param, grad=grad, factor=factor, along=along, keep=keep, rounding=how(param, dtypes[2])
@@ -169,11 +170,14 @@ def test_parity_with_the_eager_back_end(sweep, dtypes):
 
 
 @pytest.mark.parametrize("rank", [2, 24, 256])
-@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("shape", [(1024, 520), (520, 1024)], ids=str)
-def test_sketches_by_tensor_cores_keep_fp32(shape, dtypes, rank):
+@pytest.mark.parametrize(
+    ("dtypes", "projection"), [(DTYPES[0], FP32), (DTYPES[1], FP32), (DTYPES[1], BF16)], ids=str
+)
+@pytest.mark.parametrize("shape", [(1024, 520), (520, 1024), (520, 1021)], ids=str)
+def test_sketches_by_tensor_cores_keep_fp32(shape, dtypes, projection, rank):
     task = sketch_task(shape, dtypes, rank)
     naive, exact = copy.deepcopy(task), copy.deepcopy(task)
+    task.projection_KR = task.projection_KR.to(projection)
     for name in ("sketch", "squares", "projection_KR", "grad"):
         setattr(exact, name, getattr(exact, name).double())
     triton_back_end().sketch([task])
@@ -192,8 +196,9 @@ def test_sketches_by_tensor_cores_keep_fp32(shape, dtypes, rank):
         ((100, 512), Place(base=512 * 37, stride=512), 512 * 512),
         ((512, 128), Place(base=128, stride=512), 512 * 512),
         ((61, 77), Place(base=13, stride=333), 333 * 200),
+        ((64, 517), Place(base=517 * 32, stride=517), 512 * 517),
     ],
-    ids=["rows", "columns", "odd"],
+    ids=["rows", "columns", "odd", "rows of odd length"],
 )
 def test_parts_of_a_matrix(shape, place, numel, signs):
     task = sweep_task(shape, DTYPES[1], signs, place, numel)

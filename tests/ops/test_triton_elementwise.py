@@ -126,6 +126,15 @@ def test_scale(shape, along, dtypes, nearly):
 
 
 @pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("along", ["rows", "cols"])
+@pytest.mark.parametrize("shape", [(8, 2100), (3, 2051), (700, 12), (2, 3)], ids=str)
+def test_scale_by_channels_where_rows_are_not_in_eights(shape, along, nearly):
+    from hardy.ops.updates_triton import scale
+
+    check(scale_task(shape, DTYPES[0].values[0], along), scale, updates_eager.scale, nearly)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
 @pytest.mark.parametrize("along", ["rows", "cols", "all"])
 def test_a_gradient_is_not_looked_at_where_its_factor_is_zero(along):
     from hardy.ops.updates_triton import scale

@@ -92,7 +92,7 @@ def test_every_back_end_has_every_sweep_with_the_same_arguments(name):
     if name == "triton" and find_spec("triton") is None:
         pytest.skip("triton is not installed")
     module = updates.import_module(BACKENDS[name])
-    assert len(sweeps()) == 7
+    assert len(sweeps()) == 6
     for sweep in sweeps():
         wanted = list(inspect.signature(getattr(Backend, sweep)).parameters)[1:]
         assert list(inspect.signature(getattr(module, sweep)).parameters) == wanted, sweep

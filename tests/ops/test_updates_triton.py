@@ -56,11 +56,11 @@ def scale_task(rows, cols, along, param=FP32, grad=FP32, device="cpu"):
     )
 
 
-def sketch_task(rows, cols, rank, contracts, grad=FP32, device="cpu"):
+def sketch_task(rows, cols, rank, contracts, grad=FP32, projection=FP32, device="cpu"):
     tall = contracts == "cols"
     return SketchTask(
         grad=tensor(rows, cols, dtype=grad, device=device),
-        projection_KR=tensor(cols if tall else rows, rank, device=device).bfloat16().float(),
+        projection_KR=tensor(cols if tall else rows, rank, device=device).bfloat16().to(projection),
         contracts=contracts,
         sketch=tensor(*((rows, rank) if tall else (rank, cols)), device=device),
         squares=tensor(rows if tall else cols, device=device),
@@ -79,9 +79,10 @@ def moment_task(channels, rank, along, device="cpu"):
     )
 
 
-def sweep_task(rows, cols, param=FP32, grad=FP32, signs="packed", device="cpu"):
+def sweep_task(rows, cols, param=FP32, grad=FP32, signs="packed", matrix=None, device="cpu"):
     mode, momentum = "stochastic" if param == BF16 else "nearest", signs != "none"
-    sizes = {"row_m": rows, "col_m": cols, "row_v": rows, "col_v": cols}
+    height, wide = matrix or (rows, cols)
+    sizes = {"row_m": height, "col_m": wide, "row_v": height, "col_v": wide}
     factors = {name: tensor(size, device=device) for name, size in sizes.items()}
     if not momentum:
         factors |= {"row_m": None, "col_m": None}
@@ -96,7 +97,7 @@ def sweep_task(rows, cols, param=FP32, grad=FP32, signs="packed", device="cpu"):
         coefficients=torch.tensor([1, 0.9, 0.99, 0.02, 0.98, 0.0, 1e-8, 0.5, 10.0]),
         skip_zeros=True,
         place=Place(base=0, stride=cols),
-        sums=tensor((1 + momentum) * (rows + cols) + 1, device=device),
+        sums=tensor((1 + momentum) * (height + wide) + 1, device=device),
         rounding=how(mode, cols, device),
     )
 
@@ -185,12 +186,14 @@ COMPILED = {
     "sketch of rank 1 bf16": ("SKETCH", [sketch_task(512, 512, 1, "cols", BF16, **META)], 1),
     "sketch of rank 1 along rows": ("SKETCH", [sketch_task(64, 512, 1, "rows", **META)], 1),
     "sketch bf16": ("SKETCH", [sketch_task(4096, 4096, 256, "cols", BF16, **META)], 0),
+    "sketch bf16 by bf16": ("SKETCH", [sketch_task(4096, 4096, 256, "cols", BF16, BF16, **META)], 0),
     "sketch along rows bf16": ("SKETCH", [sketch_task(4096, 11008, 256, "rows", BF16, **META)], 0),
     "sketch fp32": ("SKETCH", [sketch_task(4096, 4096, 256, "cols", **META)], 0),
     "moments cols": ("MOMENTS", [moment_task(512, 128, "cols", **META)], 3),
     "sweep bf16": ("SWEEP", [sweep_task(512, 512, BF16, BF16, **META)], 2),
     "sweep fp32": ("SWEEP", [sweep_task(512, 512, **META)], 2),
     "sweep without momentum": ("SWEEP", [sweep_task(512, 512, BF16, BF16, "none", **META)], 2),
+    "sweep odd rows in eights": ("SWEEP", [sweep_task(512, 517, BF16, BF16, matrix=(517, 512), **META)], 2),
     "sweep odd": ("SWEEP", [sweep_task(505, 503, BF16, FP32, **META)], 0),
 }
 """Kind, tasks, and how many of the loads must be 16 bytes wide in the first launch."""

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from hardy.ops.triton_kernels import Layout, address, cells_of, jit, matrix, rounding_of, tile_of, write_param
+from hardy.ops.triton_kernels import (
+    Layout,
+    address,
+    cells_of,
+    jit,
+    matrix,
+    rounding_of,
+    spread,
+    tile_of,
+    write_param,
+)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -20,6 +30,7 @@ class Elementwise(Layout):
     ROWS, COLS, KEY, KEY_HIGH, BASE, BASE_STRIDE, STEP, COEFFICIENTS, FACTOR, KEEP = range(10)
     PARAM, PARAM_STRIDE, GRAD, GRAD_STRIDE, REST, REST_STRIDE = range(10, 16)
     EXP_AVG, EXP_AVG_STRIDE, EXP_AVG_SQ, EXP_AVG_SQ_STRIDE, FIELDS = range(16, 21)
+    SPAN = COEFFICIENTS
 
     param: tl.dtype
     grad: tl.dtype
@@ -32,6 +43,10 @@ class Elementwise(Layout):
     tile_rows: int
     groups: int
     along: str = ""
+    joined: bool = False
+    """Whether the view's one row is all rows of the tensor, of SPAN columns each."""
+    narrow: bool = False
+    """Whether a tile of such a view may meet more than two of them."""
     eights: bool = True
 
 
@@ -63,19 +78,39 @@ def adam_kernel(table, workspace, C: tl.constexpr):
 
 
 @jit
+def factor_of(factors, row, at, mask, C: tl.constexpr):
+    """Return the factors of a tile, broadcastable to [R, G, 8]."""
+    i, j = at
+    if C.along == "all":
+        return tl.load(factors)
+    elif C.joined:
+        # A group may lie in two rows of the tensor; the program's first element says where all others are.
+        left = tl.program_id(0).to(tl.int64) * (8 * C.groups)
+        span = tl.load(row + C.SPAN)
+        line = left // span
+        column = (left - line * span).to(tl.int32) + spread(tl.arange(0, C.groups)[None, :, None] * 8, C)
+        if C.narrow:
+            turns = column // span.to(tl.int32)
+        else:
+            turns = (column >= span.to(tl.int32)).to(tl.int32)
+        if C.along == "rows":
+            return tl.load(factors + (line + turns), mask=mask, other=0.0)
+        else:
+            return tl.load(factors + (column - turns * span.to(tl.int32)), mask=mask, other=0.0)
+    elif C.along == "rows":
+        return tl.load(factors + i, mask=i < tl.load(row + C.ROWS), other=0.0)
+    else:
+        column = spread(j, C)
+        return tl.load(factors + column, mask=column < tl.load(row + C.COLS), other=0.0)
+
+
+@jit
 def scale_kernel(table, workspace, C: tl.constexpr):
     """APOLLO's second sweep, `hardy.ops.updates.ScaleTask`; a program does one tile."""
     row = table + tl.program_id(1) * C.FIELDS
     keep = tl.load(address(row, C.KEEP, tl.float32))
-    factors = address(row, C.FACTOR, tl.float32)
     i, j, mask = tile_of(row, C)
-    if C.along == "rows":
-        factor = tl.load(factors + i, mask=i < tl.load(row + C.ROWS), other=0.0)
-    elif C.along == "cols":
-        column = j + tl.arange(0, 8)[None, None, :]
-        factor = tl.load(factors + column, mask=column < tl.load(row + C.COLS), other=0.0)
-    else:
-        factor = tl.load(factors)
+    factor = factor_of(address(row, C.FACTOR, tl.float32), row, (i, j), mask, C)
     weights = matrix(row, C.PARAM, C.param)
     grad = tl.load(cells_of(matrix(row, C.GRAD, C.grad), i, j, C), mask=mask, other=0.0).to(tl.float32)
     param = tl.load(cells_of(weights, i, j, C), mask=mask, other=0.0).to(tl.float32)

@@ -104,6 +104,32 @@ def spread(first, C: tl.constexpr):
 
 
 @jit
+def philox(key, w0, w1, w2, w3):
+    """Return the four words, uint32, that Philox-4x32-10 makes of a 64-bit key and a counter of four words.
+
+    As `tl.philox`, but with one wide product where that takes two for its halves.
+    """
+    low, high = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        even = w0.to(tl.uint64) * 0xD2511F53
+        odd = w2.to(tl.uint64) * 0xCD9E8D57
+        w0 = (odd >> 32).to(tl.uint32) ^ w1 ^ low
+        w2 = (even >> 32).to(tl.uint32) ^ w3 ^ high
+        w1, w3 = odd.to(tl.uint32), even.to(tl.uint32)
+        low += 0x9E3779B9
+        high += 0xBB67AE85
+    return w0, w1, w2, w3
+
+
+@jit
+def words_of(key, counter, third, fourth):
+    """Return the four words of (counter's low word, its high word, third, fourth)."""
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    return philox(key, low, high, zero + third, zero + fourth)
+
+
+@jit
 def random_words(key, flat, third, fourth, pairs: tl.constexpr, eights: tl.constexpr):
     """Return the Philox words of flat indices, uint32, as `hardy.ops.philox.words` makes them.
 
@@ -111,20 +137,19 @@ def random_words(key, flat, third, fourth, pairs: tl.constexpr, eights: tl.const
     all are multiples of 4, so a group is two whole counters; otherwise each element takes one word out of
     four.
     """
-    element = flat
-    if eights:
-        element = flat + tl.arange(0, 8)[None, None, :]
-    counter = element >> 2
     if pairs:
-        counter = (flat >> 2) + tl.arange(0, 2)[None, None, :]
-    low = counter.to(tl.uint32)
-    high = (counter >> 32).to(tl.uint32)
-    zero = tl.zeros_like(low)
-    w0, w1, w2, w3 = tl.philox(key, low, high, zero + third, zero + fourth)
-    if pairs:
-        # Joined so that lane = 2 a + b stands at [.., a, b]: the eight words of a group, in order.
-        return tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(low.shape[0], low.shape[1], 8)
+        a0, a1, a2, a3 = words_of(key, flat >> 2, third, fourth)
+        b0, b1, b2, b3 = words_of(key, (flat >> 2) + 1, third, fourth)
+        # Joined so that word 2 x + y of counter z stands at [.., z, x, y]: the eight of a group, in order.
+        # Each thread makes those of its own groups; counters in a tensor [R, G, 2] would change hands.
+        even = tl.join(tl.join(a0, b0), tl.join(a2, b2))
+        odd = tl.join(tl.join(a1, b1), tl.join(a3, b3))
+        return tl.join(even, odd).reshape(flat.shape[0], flat.shape[1], 8)
     else:
+        element = flat
+        if eights:
+            element = flat + tl.arange(0, 8)[None, None, :]
+        w0, w1, w2, w3 = words_of(key, element >> 2, third, fourth)
         lane = element & 3
         return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
 

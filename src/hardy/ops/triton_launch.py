@@ -27,26 +27,29 @@ from hardy.ops.triton_kernels import TYPES, as_arguments, write_table
 
 BLOCKS: dict[str, dict[str, int]] = {
     "elementwise": {"groups": 256, "warps": 4, "stages": 1},
-    "vector": {"groups": 256, "strip": 32, "warps": 8, "stages": 2, "programs": 256, "floats": 1 << 18},
-    "matrix16": {"channels": 128, "contracted": 64, "ranks": 256, "warps": 8, "stages": 3},
+    "vector": {"groups": 128, "strip": 32, "warps": 4, "stages": 2, "programs": 256, "floats": 1 << 18},
+    "matrix16": {"channels": 128, "contracted": 64, "ranks": 256, "warps": 8, "stages": 4},
+    "matrix16by32": {"channels": 128, "contracted": 64, "ranks": 256, "warps": 8, "stages": 3},
     "matrix32": {"channels": 128, "contracted": 32, "ranks": 128, "warps": 8, "stages": 3},
     "moments": {"groups": 128, "strip": 32, "warps": 4, "stages": 1},
     "sweep": {
-        "groups": 128,
+        "groups": 32,
         "strip": 32,
-        "warps": 4,
+        "warps": 1,
         "stages": 1,
         "registers": 128,
-        "programs": 512,
-        "band": 64,
+        "programs": 4096,
+        "band": 128,
     },
+    "signs": {"groups": 1024, "warps": 4, "stages": 1},
     "fold": {"entries": 128, "parts": 16, "warps": 4, "stages": 1},
     "fill": {"groups": 128, "warps": 4, "stages": 1},
 }
 """Sizes to tune, in one place. groups: groups of eight in a tile; strip: most of them side by side; programs:
 a task is cut until it has as many, so one task alone fills the device; floats: of the workspace, the most for
-it; band: least matrix rows of a program; registers: most for a thread. Sums depend on these sizes by
-rounding, so none may depend on what else is in a call."""
+it; band: least matrix rows of a program; registers: most for a thread; matrix16by32: where a projection in
+fp32 leaves room for fewer stages. Sums depend on these sizes by rounding, so none may depend on what else is
+in a call."""
 
 WORKSPACE_FLOATS = 15 << 20
 """60 MiB: what partial sums may take; more tasks, or larger ones, go in several launches."""

@@ -83,16 +83,19 @@ def outputs_of(row, workspace, part, channels, C: tl.constexpr):
 
 @jit
 def sketch_vector(table, workspace, C: tl.constexpr):
-    """Sketch with rank 1: a program goes along the contracted axis with all rows, or columns, of a tile."""
+    """Sketch with rank 1: a program goes along the contracted axis with all rows, or columns, of a tile.
+
+    Its tiles are [G, R, 8]: so the compiler gives a row of a tile to one warp.
+    """
     row = table + tl.program_id(1) * C.FIELDS
     rows, cols, split = tl.load(row + C.ROWS), tl.load(row + C.COLS), tl.load(row + C.SPLIT)
     grads, projection = matrix(row, C.GRAD, C.grad), address(row, C.PROJECTION, C.projection)
     part = tl.program_id(0) % C.splits
     tile = (tl.program_id(0) // C.splits).to(tl.int64)
-    line = tl.arange(0, C.tile_rows)[:, None, None]
-    ahead = (tl.arange(0, C.groups) * 8)[None, :, None]
-    product = tl.full((C.tile_rows, C.groups, 8), 0.0, tl.float32)
-    square = tl.full((C.tile_rows, C.groups, 8), 0.0, tl.float32)
+    line = tl.arange(0, C.tile_rows)[None, :, None]
+    ahead = (tl.arange(0, C.groups) * 8)[:, None, None]
+    product = tl.full((C.groups, C.tile_rows, 8), 0.0, tl.float32)
+    square = tl.full((C.groups, C.tile_rows, 8), 0.0, tl.float32)
     if C.contracts == "cols":
         i = tile * C.tile_rows + line
         end = tl.minimum((part + 1) * split, cols)
@@ -100,13 +103,16 @@ def sketch_vector(table, workspace, C: tl.constexpr):
             j = first + ahead
             mask = mask_of(i, j, rows, end, C)
             grad = tl.load(cells_of(grads, i, j, C), mask=mask, other=0.0).to(tl.float32)
-            k = spread(j, C)
-            product += grad * tl.load(projection + k, mask=k < end, other=0.0).to(tl.float32)
+            # Each thread loads the factors of its own elements, from the cache, so none has to be handed on.
+            factors = projection + spread(tl.broadcast_to(j, (C.groups, C.tile_rows, 1)), C)
+            if C.vector_projection:
+                factors = tl.multiple_of(factors, (16, 16, 16))
+            product += grad * tl.load(factors, mask=mask, other=0.0).to(tl.float32)
             square += grad * grad
         sketch, squares = outputs_of(row, workspace, part, rows, C)
         channel = tile * C.tile_rows + tl.arange(0, C.tile_rows)
-        tl.store(sketch + channel, tl.sum(tl.sum(product, axis=2), axis=1), mask=channel < rows)
-        tl.store(squares + channel, tl.sum(tl.sum(square, axis=2), axis=1), mask=channel < rows)
+        tl.store(sketch + channel, tl.sum(tl.sum(product, axis=2), axis=0), mask=channel < rows)
+        tl.store(squares + channel, tl.sum(tl.sum(square, axis=2), axis=0), mask=channel < rows)
     else:
         j = tile * (8 * C.groups) + ahead
         end = tl.minimum((part + 1) * split, rows)
@@ -118,8 +124,8 @@ def sketch_vector(table, workspace, C: tl.constexpr):
             square += grad * grad
         sketch, squares = outputs_of(row, workspace, part, cols, C)
         channel = spread(j, C)
-        tl.store(sketch + channel, tl.sum(product, axis=0, keep_dims=True), mask=channel < cols)
-        tl.store(squares + channel, tl.sum(square, axis=0, keep_dims=True), mask=channel < cols)
+        tl.store(sketch + channel, tl.sum(product, axis=1, keep_dims=True), mask=channel < cols)
+        tl.store(squares + channel, tl.sum(square, axis=1, keep_dims=True), mask=channel < cols)
 
 
 @jit

@@ -64,7 +64,7 @@ def _describe(task: SketchTask) -> Entry:
         task.contracts,
         rank,
         aligned((grad,), rows=rows),
-        aligned((projection,), rows=2),
+        aligned((projection,), rows=1 if rank == 1 else 2),
         grad.device.type,
     )
     row = (
@@ -131,7 +131,9 @@ def _matrix(like: _Like) -> tuple[Any, str, int, dict[str, Any]]:
     no product of bf16; in fp32 it is the same number.
     """
     half = like.grad == torch.bfloat16 and like.device_type == "cuda"
-    name = "matrix16" if half else "matrix32"
+    name = "matrix32"
+    if half:
+        name = "matrix16" if like.projection == torch.bfloat16 else "matrix16by32"
     block = BLOCKS[name]
     channels = max(16, min(block["channels"], power_of_two(like.channels)))
     ranks = max(16, min(block["ranks"], power_of_two(like.rank)))

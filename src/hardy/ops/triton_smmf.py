@@ -8,12 +8,14 @@ Letters: g, m, v, u as in `hardy.ops.updates.SweepTask`; tiles and tables as in 
 `sweep_tiles` walks over the square-ish matrix. A program owns a strip of columns within a band of rows and
 goes down the band tile by tile: the sums of its columns stay in registers, those of its rows are written at
 each tile. `hardy.ops.triton_fold` adds up what the programs left in the workspace. Nothing is added
-atomically.
+atomically. A program is one warp, so none waits for another, and it asks for the next tile before it works on
+this one.
 
-Eight neighbours share a byte of signs. Where a byte's eight always lie in one group of one tile (widths,
-strides and offsets are multiples of 8), `sweep_tiles` does everything. Elsewhere a byte would belong to two
-programs; then `sweep_tiles` only takes the sums (`C.update` is false), and `sweep_update` goes over the
-tensor's own rows, whose bytes are its own, computes the same numbers again and writes weights and signs.
+Eight neighbours share a byte of signs. Where a byte's eight always are a group of a tile (widths, strides and
+offsets are multiples of 8), a program reads and writes the bytes themselves. Elsewhere a byte may belong to
+two programs, and a group to two rows of the tensor. Then the old signs of a group are put together from
+up to three bytes (`window_at`), the new ones go to the workspace, a byte for each group of the matrix, and
+`sweep_signs` puts the tensor's bytes together from those in the same way.
 """
 
 from dataclasses import dataclass
@@ -28,7 +30,6 @@ from hardy.ops.triton_kernels import (
     matrix,
     rounding_of,
     spread,
-    tile_of,
     write_param,
 )
 
@@ -39,7 +40,7 @@ class Sweep(Layout):
 
     ROWS, COLS, KEY, KEY_HIGH, BASE, BASE_STRIDE, STEP, COEFFICIENTS, PLACE, PLACE_STRIDE = range(10)
     PARAM, PARAM_STRIDE, GRAD, GRAD_STRIDE, REST, REST_STRIDE, SIGN, SIGN_STRIDE = range(10, 18)
-    ROW_M, COL_M, ROW_V, COL_V, WIDTH, FIRST, LAST, BAND, STRIPS, BANDS, WORK, _, FIELDS = range(18, 31)
+    ROW_M, COL_M, ROW_V, COL_V, WIDTH, FIRST, LAST, BAND, STRIPS, BANDS, WORK, SIGNS, FIELDS = range(18, 31)
 
     param: tl.dtype
     grad: tl.dtype
@@ -53,13 +54,12 @@ class Sweep(Layout):
     narrow: bool
     """Whether a strip may meet more than two rows of the tensor."""
     sign: str
-    """"none"; "bytes"; packed: "groups" (a byte is a group of the tile), "bits" (or not; then only read)."""
+    """"none"; "bytes"; packed: "groups" (a byte is a group of the tile), "bits" (or not)."""
     skip_zeros: bool
-    update: bool
-    """Whether `sweep_tiles` writes weights and signs."""
     tile_rows: int
     groups: int
-    whole: bool = True
+    part: bool = False
+    """Whether `sweep_signs` has only some rows of the matrix: the other signs of a byte are then kept."""
 
     @property
     def kinds(self) -> int:
@@ -84,6 +84,41 @@ def numbers_of(row, C: tl.constexpr):
 
 
 @jit
+def window_at(signs, i, j, cols, masks):
+    """Return the bytes that hold eight signs from (i, j) on, which may go on in the next row.
+
+    Two of them are of row i, the third is the first of the next; cols: 8 or more. masks: whether the signs in
+    row i, and those in the next, are wanted; the others read as 0.
+    """
+    at = signs[0] + i * signs[1] + (j >> 3)
+    first = tl.load(at, mask=masks[0], other=0)
+    second = tl.load(at + 1, mask=masks[0] & ((j | 7) + 1 < cols), other=0)
+    turned = masks[1] & (cols - j < 8)
+    return first, second, tl.load(signs[0] + (i + 1) * signs[1], mask=turned, other=0)
+
+
+@jit
+def eight_of(window, j, cols):
+    """Return the signs that `window_at` found, int32: bit b is column j + b, or its place in the next row."""
+    first, second, third = window
+    held = tl.minimum(cols - j, 8)
+    bits = (first.to(tl.int32) | (second.to(tl.int32) << 8)) >> (j & 7)
+    return (bits & ((1 << held) - 1)) | (third.to(tl.int32) << held)
+
+
+@jit
+def one_by_one(signs, i, j, shape, mask):
+    """Return eight signs from (i, j) on as `eight_of` does; there may be any number of columns."""
+    rows, cols = shape
+    bit = tl.arange(0, 8)[None, None, :]
+    turns = (j + bit) // cols
+    i, j = i + turns, j + bit - turns * cols
+    stored = tl.load(signs[0] + i * signs[1] + (j >> 3), mask=mask & (i >= 0) & (i < rows), other=0)
+    kept = (stored.to(tl.int32) >> (j & 7).to(tl.int32)) & 1
+    return tl.sum(kept << bit, axis=2, keep_dims=True)
+
+
+@jit
 def sign_cells(signs, i, j, C: tl.constexpr):
     """Return pointers to the bytes in which the signs of groups (or elements) (i, j) stand."""
     offset = j
@@ -97,21 +132,37 @@ def sign_cells(signs, i, j, C: tl.constexpr):
 
 
 @jit
-def read_signs(cells, j, mask, C: tl.constexpr):
-    """Return the sign bits, int32 0 or 1, [R, G, 8]."""
-    stored = tl.load(cells, mask=mask, other=0).to(tl.int32)
+def stored_signs(signs, at, view, mask, C: tl.constexpr):
+    """Return what `signs_of` wants: the byte of each group or element, three times; or those of a window."""
+    i, j = at
+    if C.sign == "none":
+        return mask, mask, mask
+    elif C.sign == "bits" and C.eights:
+        return window_at(signs, i, j, view[1].to(tl.int32), (mask, mask))
+    else:
+        stored = tl.load(sign_cells(signs, i, j, C), mask=mask, other=0)
+        return stored, stored, stored
+
+
+@jit
+def signs_of(stored, j, cols, C: tl.constexpr):
+    """Return the sign bits, int32, 0 where negative: [R, G, 8]."""
     if C.sign == "groups":
-        stored = (stored >> tl.arange(0, 8)[None, None, :]) & 1
+        return (stored[0].to(tl.int32) >> tl.arange(0, 8)[None, None, :]) & 1
     elif C.sign == "bits":
-        stored = (stored >> (j & 7).to(tl.int32)) & 1
-    return stored
+        if C.eights:
+            return (eight_of(stored, j, cols) >> tl.arange(0, 8)[None, None, :]) & 1
+        else:
+            return (stored[0].to(tl.int32) >> (j & 7).to(tl.int32)) & 1
+    else:
+        return stored[0].to(tl.int32)
 
 
 @jit
 def keep_signs(cells, positive, mask, C: tl.constexpr):
-    """Write which elements are positive; what a byte covers beyond the tensor's row must be false."""
+    """Write which elements are positive: a byte for each group, or for each element."""
     kept = positive.to(tl.int32)
-    if C.sign == "groups":
+    if C.sign != "bytes":
         kept = tl.sum(kept << tl.arange(0, 8)[None, None, :], axis=2, keep_dims=True)
     tl.store(cells, kept.to(tl.uint8), mask=mask)
 
@@ -152,7 +203,7 @@ def first_place(row, start, width, C: tl.constexpr):
         stride = tl.load(row + C.PLACE_STRIDE)
         lead = tl.cdiv(width, stride)
         shifted = local + lead * stride
-        return shifted // stride - lead, shifted % stride
+        return (shifted // stride - lead).to(tl.int32), (shifted % stride).to(tl.int32)
 
 
 @jit
@@ -162,53 +213,67 @@ def next_place(at, ahead, stride, C: tl.constexpr):
     if C.flat:
         return i, j + ahead
     else:
-        j = j + ahead % stride
-        over = (j >= stride).to(tl.int64)
-        return i + ahead // stride + over, j - over * stride
+        j = j + (ahead % stride).to(tl.int32)
+        over = j >= stride.to(tl.int32)
+        i = i + (ahead // stride).to(tl.int32)
+        return tl.where(over, i + 1, i), tl.where(over, j - stride.to(tl.int32), j)
 
 
 @jit
 def place_in(at, ahead, view, C: tl.constexpr):
     """Return (i, j, whether it exists) of elements `ahead` after `at`; view: (rows, cols, stride)."""
-    rows, cols, stride = view
     i, j = at
     j = j + ahead
     if C.flat:
-        return j, j, (j >= 0) & (j < cols)
+        return j, j, (j >= 0) & (j < view[1])
     else:
+        rows, cols, stride = view[0].to(tl.int32), view[1].to(tl.int32), view[2].to(tl.int32)
         if C.narrow:
             turns = j // stride
+            i, j = i + turns, j - turns * stride
         else:
-            turns = (j >= stride).to(tl.int64)
-        i, j = i + turns, j - turns * stride
+            over = j >= stride
+            i, j = tl.where(over, i + 1, i), tl.where(over, j - stride, j)
         return i, j, (i >= 0) & (i < rows) & (j < cols)
 
 
 @jit
-def tile_step(tensors, factors, numbers, at, mask, C: tl.constexpr):
-    """Do one tile: update it if `C.update`, and return |m|, v and g g, 0 where there is no element.
+def tile_at(tensors, row_factors, at, view, lines, mask, C: tl.constexpr):
+    """Return a tile as it is stored: gradient, weight, signs, row_m and row_v [R, 1, 1], place, mask.
 
-    tensors: of `tensors_of`. factors: row_m, row_v [R, 1, 1], beta1 col_m, beta2 col_v [1, G, 8]. at: (i, j).
+    Factors are 0 where there is no element, at which m and v are 0 then.
     """
-    weights, grads, signs, rounding = tensors
+    weights, grads, signs, _ = tensors
     i, j = at
-    wanted = mask
-    if not C.update:
-        wanted = tl.where(mask, numbers[4], 0.0) != 0
-    raw = tl.load(cells_of(grads, i, j, C), mask=mask, other=0.0).to(tl.float32)
-    param = tl.load(cells_of(weights, i, j, C), mask=wanted, other=0.0).to(tl.float32)
+    raw = tl.load(cells_of(grads, i, j, C), mask=mask, other=0.0)
+    param = tl.load(cells_of(weights, i, j, C), mask=mask, other=0.0)
+    row_m = tl.load(row_factors[0] + lines[0], mask=lines[1], other=0.0)
+    row_v = tl.load(row_factors[1] + lines[0], mask=lines[1], other=0.0)
+    return raw, param, stored_signs(signs, at, view, mask, C), row_m, row_v, at, mask
+
+
+@jit
+def tile_step(tensors, tile, cols, numbers, signs_at, C: tl.constexpr):
+    """Update a tile of `tile_at`, and return |m|, v and g g, 0 where there is no element.
+
+    cols: (beta1 col_m, beta2 col_v, columns of the tensor); the first two [1, G, 8]. signs_at: pointers to
+    the bytes of groups, and which exist, if the new signs go to the workspace.
+    """
+    raw, param, stored, row_m, row_v, at, mask = tile
+    weights, _, signs, rounding = tensors
+    raw, param = raw.to(tl.float32), param.to(tl.float32)
     # With its row factors 0 and a gradient of 0, what does not exist adds nothing: no mask for each of eight.
-    old_v = tl.where(mask, factors[1], 0.0) * factors[3]
+    old_v = tl.where(mask, row_v, 0.0) * cols[1]
     old_m = old_v
-    bytes_at = sign_cells(signs, i, j, C)
     if C.kinds == 2:
-        old_m = tl.where(mask, factors[0], 0.0) * factors[2]
-        old_m = tl.where(read_signs(bytes_at, j, mask, C) != 0, old_m, -old_m)
+        old_m = tl.where(mask, row_m, 0.0) * cols[0]
+        old_m = tl.where(signs_of(stored, at[1], cols[2], C) != 0, old_m, -old_m)
     m, v, square = moments_of(raw * numbers[6] + numbers[4] * param, old_m, old_v, numbers, C)
-    if C.update:
-        if C.kinds == 2:
-            keep_signs(bytes_at, m > 0, mask, C)
-        write_param(weights, rounding, (param, moved(raw, param, m, v, numbers, C)), at, mask, C)
+    if C.sign == "bits":
+        keep_signs(signs_at[0], mask & (m > 0), signs_at[1], C)
+    elif C.kinds == 2:
+        keep_signs(sign_cells(signs, at[0], at[1], C), m > 0, mask, C)
+    write_param(weights, rounding, (param, moved(raw, param, m, v, numbers, C)), at, mask, C)
     return tl.abs(m), v, square
 
 
@@ -229,20 +294,22 @@ def groups_of(C: tl.constexpr):
 
 
 @jit
-def factors_of(rows, cols, lines, last):
-    """Return row_m, row_v [R, 1, 1] of matrix rows `lines`, 0 from `last` on, and the given col_m, col_v."""
-    row_m = tl.load(rows[0] + lines, mask=lines < last, other=0.0)
-    row_v = tl.load(rows[1] + lines, mask=lines < last, other=0.0)
-    return row_m, row_v, cols[0], cols[1]
+def new_signs(row, workspace, width, C: tl.constexpr):
+    """Return the matrix (pointer, row stride) of the new signs in the workspace: a byte for each group."""
+    at = (workspace + tl.load(row + C.SIGNS)).to(tl.pointer_type(tl.uint8))
+    return at, (width + 7) >> 3
 
 
 @jit
 def keep_row_sums(workspace, at, apart, sums, exists, C: tl.constexpr):
-    """Write a tile's sums by rows, of |m| if there is momentum, then of v `apart` floats on."""
+    """Write a tile's sums by rows, of |m| if there is momentum, then of v `apart` floats on.
+
+    sums: [R, G], those of groups.
+    """
     if C.kinds == 2:
-        tl.store(workspace + at, tl.sum(tl.sum(sums[0], axis=2), axis=1), mask=exists)
+        tl.store(workspace + at, tl.sum(sums[0], axis=1), mask=exists)
         at = at + apart
-    tl.store(workspace + at, tl.sum(tl.sum(sums[1], axis=2), axis=1), mask=exists)
+    tl.store(workspace + at, tl.sum(sums[1], axis=1), mask=exists)
 
 
 @jit
@@ -252,6 +319,18 @@ def keep_col_sums(workspace, at, apart, sums, exists, C: tl.constexpr):
         tl.store(workspace + at, tl.sum(sums[0], axis=0, keep_dims=True), mask=exists)
         at = at + apart
     tl.store(workspace + at, tl.sum(sums[1], axis=0, keep_dims=True), mask=exists)
+
+
+@jit
+def column_factors(row, columns, width, numbers, C: tl.constexpr):
+    """Return beta1 col_m and beta2 col_v of columns [1, G, 8]; the latter twice if there is no momentum."""
+    col_v = tl.load(address(row, C.COL_V, tl.float32) + columns, mask=columns < width, other=0.0)
+    col_v *= numbers[1]
+    if C.kinds == 2:
+        col_m = tl.load(address(row, C.COL_M, tl.float32) + columns, mask=columns < width, other=0.0)
+        return col_m * numbers[0], col_v
+    else:
+        return col_v, col_v
 
 
 @jit
@@ -271,33 +350,38 @@ def sweep_tiles(table, workspace, C: tl.constexpr):
     line, left = tl.arange(0, C.tile_rows), strip * (8 * C.groups)
     lines = line[:, None, None]
     columns = left + groups_of(C)
-    ahead = tl.arange(0, C.groups)[None, :, None] * 8
+    group = tl.arange(0, C.groups)[None, :, None] * 8
+    ahead = group
     if not C.eights:
         ahead = groups_of(C)
     row_factors = address(row, C.ROW_V, tl.float32), address(row, C.ROW_V, tl.float32)
-    col_v = tl.load(address(row, C.COL_V, tl.float32) + columns, mask=columns < width, other=0.0)
-    col_v *= numbers[1]
-    col_factors = col_v, col_v
     if C.kinds == 2:
         row_factors = address(row, C.ROW_M, tl.float32), row_factors[1]
-        col_m = tl.load(address(row, C.COL_M, tl.float32) + columns, mask=columns < width, other=0.0)
-        col_factors = col_m * numbers[0], col_v
+    col_m, col_v = column_factors(row, columns, width, numbers, C)
+    col_factors = col_m, col_v, view[1].to(tl.int32)
     sums_m = tl.full((C.tile_rows, C.groups, 8), 0.0, tl.float32)
     sums_v = tl.full((C.tile_rows, C.groups, 8), 0.0, tl.float32)
     squares = tl.full((C.tile_rows, C.groups), 0.0, tl.float32)
-    i, j = first_place(row, (first + lines) * width + left, width, C)
     rows_at += strip * (rows_size // strips) - origin
+    kept_at, kept_stride = new_signs(row, workspace, width, C)
+    kept_at += (left + group) >> 3
+    across = left + ahead < width
 
+    place = first_place(row, (first + lines) * width + left, width, C)
     for top in range(first, last, C.tile_rows):
-        at_i, at_j, mask = place_in((i, j), ahead, view, C)
-        mask = mask & (top + lines < last) & (left + ahead < width)
-        factors = factors_of(row_factors, col_factors, top + lines, last)
-        size, v, square = tile_step(tensors, factors, numbers, (at_i, at_j), mask, C)
-        keep_row_sums(workspace, rows_at + top + line, rows_size, (size, v), top + line < last, C)
+        at_i, at_j, mask = place_in(place, ahead, view, C)
+        held = (top + lines, top + lines < last)
+        tile = tile_at(tensors, row_factors, (at_i, at_j), view, held, mask & held[1] & across, C)
+        place = next_place(place, C.tile_rows * width, view[2], C)
+        signs_at = kept_at + (top + lines - origin) * kept_stride, (left + group < width) & held[1]
+        size, v, square = tile_step(tensors, tile, col_factors, numbers, signs_at, C)
+        square_8, v_8 = tl.sum(square, axis=2), tl.sum(v, axis=2)
+        keep_row_sums(
+            workspace, rows_at + top + line, rows_size, (tl.sum(size, axis=2), v_8), top + line < last, C
+        )
         sums_m += size
         sums_v += v
-        squares += tl.sum(square, axis=2)
-        i, j = next_place((i, j), C.tile_rows * width, view[2], C)
+        squares += square_8
 
     keep_col_sums(
         workspace, cols_at + band * width + columns, cols_size, (sums_m, sums_v), columns < width, C
@@ -306,30 +390,43 @@ def sweep_tiles(table, workspace, C: tl.constexpr):
 
 
 @jit
-def sweep_update(table, workspace, C: tl.constexpr):
-    """Write weights and signs where bytes of signs do not fit the matrix: a tile of the tensor's own rows."""
+def sweep_signs(table, workspace, C: tl.constexpr):
+    """Put the tensor's bytes of signs together from the groups of the matrix: some bytes of some rows.
+
+    Of a byte, only the signs in the launch's rows of the matrix are written.
+    """
     row = table + tl.program_id(1) * C.FIELDS
     if tl.load(address(row, C.COEFFICIENTS, tl.float32)) == 0:
         return
-    numbers, tensors = numbers_of(row, C), tensors_of(row, C)
-    weights, grads, signs, rounding = tensors
-    width = tl.load(row + C.WIDTH)
-    i, j, mask = tile_of(row, C)
-    flat = tl.load(row + C.PLACE) + i * tl.load(row + C.PLACE_STRIDE) + j
-    line = flat // width
-    column = (flat - line * width).to(tl.int32) + tl.arange(0, 8)[None, None, :]
-    turns = column // width.to(tl.int32)
-    line, column = line + turns, column - turns * width.to(tl.int32)
-    raw = tl.load(cells_of(grads, i, j, C), mask=mask, other=0.0).to(tl.float32)
-    param = tl.load(cells_of(weights, i, j, C), mask=mask, other=0.0).to(tl.float32)
-    old_v = tl.load(address(row, C.ROW_V, tl.float32) + line, mask=mask, other=0.0)
-    old_v *= tl.load(address(row, C.COL_V, tl.float32) + column, mask=mask, other=0.0)
-    old_m = tl.load(address(row, C.ROW_M, tl.float32) + line, mask=mask, other=0.0)
-    old_m *= tl.load(address(row, C.COL_M, tl.float32) + column, mask=mask, other=0.0)
-    bytes_at = sign_cells(signs, i, j, C)
-    held = (i < tl.load(row + C.ROWS)) & (j < tl.load(row + C.COLS))
-    old_m = tl.where(read_signs(bytes_at, j, held, C) != 0, old_m, -old_m)
-    grad = raw * numbers[6] + numbers[4] * param
-    m, v, square = moments_of(grad, old_m * numbers[0], old_v * numbers[1], numbers, C)
-    keep_signs(bytes_at, mask & (m > 0), held, C)
-    write_param(weights, rounding, (param, moved(raw, param, m, v, numbers, C)), (i, j), mask, C)
+    rows, cols, width = tl.load(row + C.ROWS), tl.load(row + C.COLS), tl.load(row + C.WIDTH)
+    begin, end = tl.load(row + C.FIRST), tl.load(row + C.LAST)
+    signs = matrix(row, C.SIGN, tl.uint8)
+    across = tl.cdiv(cols, 8 * C.groups).to(tl.int32)
+    top, left = tl.program_id(0) // across * C.tile_rows, tl.program_id(0) % across * (8 * C.groups)
+    i = (top + tl.arange(0, C.tile_rows).to(tl.int64))[:, None, None]
+    ahead = tl.arange(0, C.groups)[None, :, None] * 8
+    start = tl.load(row + C.PLACE) + i * tl.load(row + C.PLACE_STRIDE) + left
+    line, narrow = start // width, width.to(tl.int32)
+    column = (start - line * width).to(tl.int32) + ahead
+    turns = column // narrow
+    line, column = (line - begin).to(tl.int32) + turns, column - turns * narrow
+    exist = tl.minimum(tl.maximum((cols - left).to(tl.int32) - ahead, 0), 8)
+    ours = (1 << exist) - 1
+    if C.part:
+        before = tl.minimum(tl.maximum(begin * width - start - ahead, 0), 8).to(tl.int32)
+        until = tl.minimum(tl.maximum(end * width - start - ahead, 0), exist).to(tl.int32)
+        ours = ((1 << until) - 1) & -(1 << before)
+    mask, new, lines = (
+        (i < rows) & (ours != 0),
+        new_signs(row, workspace, width, C),
+        (end - begin).to(tl.int32),
+    )
+    if C.narrow:
+        bits = one_by_one(new, line, column, (lines, narrow), mask)
+    else:
+        masks = mask & (line >= 0), mask & (line + 1 < lines)
+        bits = eight_of(window_at(new, line, column, narrow, masks), column, narrow)
+    cells, bits = signs[0] + i * signs[1] + ((left + ahead) >> 3), bits & ours
+    if C.part:
+        bits |= tl.load(cells, mask=mask & (ours != (1 << exist) - 1), other=0).to(tl.int32) & ~ours
+    tl.store(cells, bits.to(tl.uint8), mask=mask)

@@ -26,7 +26,7 @@ from hardy.ops.triton_launch import (
     type_of,
 )
 from hardy.ops.triton_rounding import in_pairs, is_flat, rounded_how
-from hardy.ops.triton_smmf import Sweep, sweep_tiles, sweep_update
+from hardy.ops.triton_smmf import Sweep, sweep_signs, sweep_tiles
 from hardy.ops.updates import SweepTask
 
 
@@ -74,6 +74,8 @@ class _Cut:
     bands: int
     kinds: int
     width: int
+    signs: bool
+    """Whether new signs go through the workspace."""
 
     @property
     def row_floats(self) -> int:
@@ -88,6 +90,11 @@ class _Cut:
     @property
     def floats(self) -> int:
         """Of workspace, in all."""
+        return self.signs_at + (-(-(self.end - self.begin) * -(-self.width // 8) // 4) if self.signs else 0)
+
+    @property
+    def signs_at(self) -> int:
+        """Where new signs begin, behind all sums: a byte for each group of eight in a row of the matrix."""
         return self.kinds * (self.row_floats + self.col_floats) + self.strips * self.bands
 
 
@@ -98,13 +105,18 @@ def _describe(task: SweepTask) -> Entry:
     rest = rounding.rest if mode == "kahan" else None
     packed = sign is not None and task.packed
     tensors = (param, grad, rest)
-    placed = rows == 1 or (place.stride == cols and (not packed or cols % 8 == 0))
-    flat = placed and (rows == 1 or is_flat((*tensors, sign), rounding))
+    # Weights and gradients may be one run of memory that the rows of signs, which begin on bytes, are not.
+    run = rows == 1 or (place.stride == cols and is_flat(tensors, rounding))
+    shifted = run and packed and rows > 1 and cols % 8 != 0
+    flat = run and not shifted and (rows == 1 or is_flat((*tensors, sign), rounding))
     end = (place.base + (rows - 1) * place.stride + cols - 1) // width + 1 if rows * cols else 0
     begin = place.base // width if rows * cols else 0
     if flat:
         rows, cols = 1, rows * cols
-    eights = not (width % 8 or place.base % 8 or cols % 8 or (rows > 1 and place.stride % 8))
+    if shifted:
+        eights = not (width % 8 or place.base % 8 or rows * cols % 8 or cols < 8)
+    else:
+        eights = not (width % 8 or place.base % 8 or cols % 8 or (rows > 1 and place.stride % 8))
     like = _Like(
         shape=(rows, cols),
         matrix=(task.row_v.numel(), width),
@@ -114,11 +126,17 @@ def _describe(task: SweepTask) -> Entry:
         grad=grad.dtype,
         rounding=mode,
         step=step,
-        pairs=in_pairs(rounding, rows),
+        pairs=in_pairs(rounding, 1 if run else rows),
         flat=flat,
         eights=eights,
-        vector=aligned(tensors, rows=rows),
-        sign="none" if sign is None else "bytes" if not packed else "groups" if eights else "bits",
+        vector=aligned(tensors, rows=1 if run else rows),
+        sign="none"
+        if sign is None
+        else "bytes"
+        if not packed
+        else "groups"
+        if eights and not shifted
+        else "bits",
         skip_zeros=task.skip_zeros,
         stride=cols if flat else place.stride,
     )
@@ -156,7 +174,7 @@ def _row(task: SweepTask, like: _Like) -> Row:
 
 def _placed(row: Row, cut: _Cut, work: int) -> Row:
     """Return the row as the kernels want it, with what depends on the launch."""
-    launch = (cut.begin, cut.end, cut.band, cut.strips, cut.bands, work, 0)
+    launch = (cut.begin, cut.end, cut.band, cut.strips, cut.bands, work, work + cut.signs_at)
     return (*row[:-1], *launch)
 
 
@@ -170,11 +188,12 @@ def _cuts(like: _Like) -> Iterator[_Cut]:
     most_bands = max(1, block["programs"] // strips)
     band = max(block["band"], -(-(like.end - like.begin) // most_bands))
     band = -(-band // tile_rows) * tile_rows
-    per_band = like.kinds * (strips * band + width) + strips
+    signs = like.sign == "bits"
+    per_band = like.kinds * (strips * band + width) + strips + signs * (band * -(-width // 8) // 4 + 1)
     step = max(1, WORKSPACE_FLOATS // per_band) * band
     for begin in range(like.begin, like.end, step):
         end = min(begin + step, like.end)
-        yield _Cut(begin, end, strips, band, -(-(end - begin) // band), like.kinds, width)
+        yield _Cut(begin, end, strips, band, -(-(end - begin) // band), like.kinds, width, signs)
 
 
 def _launches(like: _Like, rows: list[Row]) -> Iterable[Launch]:
@@ -191,11 +210,10 @@ def _launches(like: _Like, rows: list[Row]) -> Iterable[Launch]:
         narrow=like.stride < 8 * groups,
         sign=like.sign,
         skip_zeros=like.skip_zeros,
-        update=like.sign != "bits",
         tile_rows=tile_rows,
         groups=groups,
     )
-    cuts = list(_cuts(like)) or [_Cut(0, 0, 0, 0, 0, like.kinds, like.matrix[1])]
+    cuts = list(_cuts(like)) or [_Cut(0, 0, 0, 0, 0, like.kinds, like.matrix[1], False)]
     for index, cut in enumerate(cuts):
         for part in batches(rows, cut.floats):
             placed = [_placed(row, cut, at * cut.floats) for at, row in enumerate(part)]
@@ -209,28 +227,18 @@ def _launches(like: _Like, rows: list[Row]) -> Iterable[Launch]:
                     floats=cut.floats * len(part),
                 )
             yield from _folds(like, part, cut, add=index > 0)
-    if like.sign == "bits" and like.shape[0] * like.shape[1]:
-        # Only now, when the sums of all rows are taken: they need the signs and weights that were.
-        yield from _updates(like, config, [_placed(row, cuts[0], 0) for row in rows])
+            if cut.signs:
+                yield _signs(like, replace(config, part=len(cuts) > 1), placed)
 
 
-def _updates(like: _Like, config: Sweep, rows: list[Row]) -> Iterator[Launch]:
-    groups = BLOCKS["elementwise"]["groups"]
-    tile_rows, groups = tile_shape(like.shape, groups=groups, strip=groups)
-    config = replace(
-        config,
-        pairs=like.pairs,
-        vector=like.vector,
-        eights=True,
-        sign="groups",
-        update=True,
-        tile_rows=tile_rows,
-        groups=groups,
-        whole=like.shape[1] % 8 == 0,
+def _signs(like: _Like, config: Sweep, rows: list[Row]) -> Launch:
+    """Return the launch that moves new signs from the workspace to the tensors."""
+    tile_rows, groups = tile_shape(
+        like.shape, groups=BLOCKS["signs"]["groups"], strip=BLOCKS["signs"]["groups"]
     )
     programs = -(-like.shape[0] // tile_rows) * -(-like.shape[1] // (8 * groups))
-    for part in batches(rows, 0):
-        yield Launch(kernel=sweep_update, config=config, programs=programs, rows=part, block="elementwise")
+    config = replace(config, tile_rows=tile_rows, groups=groups, narrow=like.matrix[1] < 8)
+    return Launch(kernel=sweep_signs, config=config, programs=programs, rows=rows, block="signs")
 
 
 def _folds(like: _Like, rows: list[Row], cut: _Cut, *, add: bool) -> Iterator[Launch]:

@@ -11,7 +11,7 @@ CUDA graphs can be captured once a call outside has compiled the kernels. Tasks 
 
 Bytes moved for a weight, with w and g bytes of weight and gradient, R the rank and d the contracted length:
 adam 2 w + g + 16; sketch g, and for its result 4 R / d; moments 20 R / d; scale 2 w + g; SMMF's sweep 2 w + g
-+ 0.25, and 0.06 to 0.3 for partial sums.
++ 0.25, about 0.4 for partial sums, and 0.25 where columns are no multiple of eight.
 """
 
 from collections.abc import Callable, Sequence
@@ -142,6 +142,8 @@ class _Like(NamedTuple):
     pairs: bool
     vector: bool
     along: str = ""
+    span: int = 0
+    """Columns of the tensor, if its rows are joined to one and have a factor each, or the columns have."""
 
 
 def _describe(task: AdamTask | ScaleTask, others: Sequence[Tensor | None], along: str) -> Entry:
@@ -150,17 +152,20 @@ def _describe(task: AdamTask | ScaleTask, others: Sequence[Tensor | None], along
     rest = rounding.rest if mode == "kahan" else None
     tensors = (param, grad, rest, *others)
     rows, cols = param.shape
-    if along in ("", "all") and rows > 1 and is_flat(tensors, rounding):
+    span, alike = 0, along in ("", "all")
+    # With factors of their own, rows in eights are best left as they are; others are best taken for one.
+    if rows > 1 and (alike or cols % 8) and is_flat(tensors, rounding):
+        span = 0 if alike else cols
         rows, cols = 1, param.numel()
-    vector = aligned(tensors, rows=rows)
-    like = _Like((rows, cols), param.dtype, grad.dtype, mode, step, in_pairs(rounding, rows), vector, along)
+    vector, pairs = aligned(tensors, rows=rows), in_pairs(rounding, rows)
+    like = _Like((rows, cols), param.dtype, grad.dtype, mode, step, pairs, vector, along, span)
     key, place = rounding.key, rounding.place
     head = (rows, cols, key & 0xFFFFFFFF, (key >> 32) & 0xFFFFFFFF, place.base, place.stride)
     step_at = pointer(rounding.step) if mode == "stochastic" else 0
     if isinstance(task, AdamTask):
         small = (step_at, pointer(task.coefficients), 0, 0)
     else:
-        small = (step_at, 0, pointer(task.factor), pointer(task.keep))
+        small = (step_at, span, pointer(task.factor), pointer(task.keep))
     large = [number for tensor in (param, grad, rest, *others) for number in _strided(tensor)]
     return like, (*head, *small, *large)
 
@@ -193,6 +198,8 @@ def _elementwise(kernel: Any) -> Callable[[_Like, list[Row]], list[Launch]]:
             tile_rows=tile_rows,
             groups=groups,
             along=like.along,
+            joined=like.span > 0,
+            narrow=0 < like.span < 8 * groups,
         )
         programs = -(-like.shape[0] // tile_rows) * -(-like.shape[1] // (8 * groups))
         if not programs:
