@@ -95,7 +95,7 @@ def timed_s(run, device):
 class Ahead:
     """Times calls on a device that is still busy when they are enqueued."""
 
-    def __init__(self, products=80):
+    def __init__(self, products=300):
         self.square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
         self.out = torch.empty_like(self.square)
         self.products = products
