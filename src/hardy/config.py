@@ -196,6 +196,32 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}") from None
 
 
+def read_arguments(pairs: Iterable[str], *, setting: str) -> dict[str, Any]:
+    """Return further arguments of a constructor, given as name=value; what is no Python literal is text.
+
+    Args:
+        pairs: such as "momentum=0.9".
+        setting: where they were given, for the error.
+
+    Example:
+        >>> read_arguments(["momentum=0.9", "mode=fast"], setting="optim.arguments")
+        {'momentum': 0.9, 'mode': 'fast'}
+
+    Raises:
+        ConfigError: one is no such pair.
+    """
+    arguments: dict[str, Any] = {}
+    for text in pairs:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"{setting} must be name=value pairs, got {text!r}")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+    return arguments
+
+
 def unknown_name(name: str, kind: str, known: Iterable[str]) -> str:
     """Return the text that refuses `name` and says which name was probably meant."""
     known = sorted(known)

@@ -207,3 +207,19 @@ def test_a_kernel_that_passes_the_probe_is_taken_and_asked_once(monkeypatch):
     assert attention._works("varlen", "cpu", torch.float32)
     attention._works.cache_clear()
     assert next(calls) == 1
+
+
+def test_a_probe_within_a_checkpointed_block_is_none_of_its_business(monkeypatch):
+    from torch.utils.checkpoint import checkpoint
+
+    monkeypatch.setitem(attention.BACKENDS, "varlen", attention.BACKENDS["reference"])
+    attention._works.cache_clear()
+
+    def block(x):
+        assert attention._works("varlen", "cpu", torch.float32)  # the first time by running it
+        return x.sin().square()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(block, x, use_reentrant=False).sum().backward()
+    attention._works.cache_clear()
+    assert torch.allclose(x.grad, (2 * torch.ones(3)).sin())

@@ -148,7 +148,9 @@ def _works(backend: str, device_type: str, dtype: torch.dtype) -> bool:
     inputs = [torch.randn(8, 2, 16, generator=generator).to(device_type, dtype) for _ in range(3)]
     results: list[Tensor] = []
     try:
-        with torch.enable_grad(), torch.autocast(device_type, enabled=False):
+        # Hooks of its own: asked within a checkpointed block, what the probe saves is not the block's.
+        hooks = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+        with hooks, torch.enable_grad(), torch.autocast(device_type, enabled=False):
             for name in ("reference", backend):
                 query, key, value = (x.clone().requires_grad_() for x in inputs)
                 out_THK = BACKENDS[name](query, key, value, layout, keys=layout, rule=CAUSAL)
@@ -161,6 +163,10 @@ def _works(backend: str, device_type: str, dtype: torch.dtype) -> bool:
     right = bool((results[0] - results[1]).abs().max() <= 4e-2 * results[0].abs().max())
     logger.info("attention: %s on %s in %s %s", backend, device_type, dtype, "works" if right else "is wrong")
     return right
+
+
+def _same(saved: Tensor) -> Tensor:
+    return saved
 
 
 def _kernel_dtype(query_THK: Tensor) -> torch.dtype:

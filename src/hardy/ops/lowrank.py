@@ -5,6 +5,7 @@ Paper: H. Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", 2024 (
 gradient's squared norm, alpha scale, nu norm of the step, gamma largest growth of nu from step to step.
 """
 
+import math
 from typing import Any, Literal, cast
 
 import torch
@@ -26,7 +27,7 @@ def limit_growth(norm: Tensor, memory: Tensor, *, gamma: float) -> Tensor:
 
     A memory of zero, or one that is not finite, limits nothing.
     """
-    known = (memory > 0) & memory.isfinite()
+    known = (memory > 0) & (memory < math.inf)
     return torch.where(known, norm / (gamma * torch.where(known, memory, 1)), 1).clamp(min=1)
 
 

@@ -26,6 +26,8 @@ jit: Any = triton.jit
 
 LIFT: Any = tl.constexpr(1 << 62)
 """See `as_arguments`."""
+LIFTED: Any = tl.constexpr(1 << 52)
+"""See `move_addresses`."""
 
 TYPES: dict[torch.dtype, tl.dtype] = {
     torch.bfloat16: tl.bfloat16,
@@ -250,3 +252,25 @@ def write_table(table, arguments, COUNT: tl.constexpr):
     """Write COUNT numbers, given by `as_arguments`."""
     for index in tl.static_range(COUNT):
         tl.store(table + index, number_of(arguments[index]))
+
+
+@jit
+def move_addresses(table, places, arguments, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
+    """Write addresses into a table anew: of the tensors that lie elsewhere now.
+
+    places: [3, count] rows: where an address stands, in which tensor it lies, what it was at first.
+    arguments, as `as_arguments` gives them: count, then for each tensor that moved its number and LIFTED more
+    than the bytes it moved by since the first time.
+    """
+    count = number_of(arguments[0])
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    cell = tl.load(places + index, mask=mask, other=0)
+    tensor = tl.load(places + count + index, mask=mask, other=-1)
+    first = tl.load(places + 2 * count + index, mask=mask, other=0)
+    now, moved = first, tensor < 0
+    for pair in tl.static_range(PAIRS):
+        is_it = tensor == number_of(arguments[2 * pair + 1])
+        now = tl.where(is_it, first + (number_of(arguments[2 * pair + 2]) - LIFTED), now)
+        moved = moved | is_it
+    tl.store(table + cell, now, mask=mask & moved)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardy.ops.triton_kernels import TYPES, as_arguments, write_table
+from hardy.ops.triton_kernels import LIFTED, TYPES, as_arguments, move_addresses, write_table
 
 BLOCKS: dict[str, dict[str, int]] = {
     "elementwise": {"groups": 256, "warps": 4, "stages": 1},
@@ -57,6 +57,8 @@ MOST_TASKS = 65535
 """CUDA's limit on the second dimension of a grid."""
 LEAST_ADDRESS = 1 << 40
 """Addresses are above it: of CUDA and of today's hosts. What else is in a table is below."""
+FEW_MOVED, MOST_MOVED = 8, 62
+"""Tensors whose addresses one kernel moves; the kernel comes in two sizes."""
 TABLE_PIECE = 128
 """Numbers that one kernel writes into a table."""
 
@@ -109,16 +111,15 @@ class Plan:
     """Not kept: what `move` may be told of. Contiguous tensors, apart from each other."""
     tables: list[Tensor] = field(init=False)
     _addresses: tuple[int, ...] = ()
-    _numbers: Tensor = field(init=False)
-    """The table as it was first written, on the host."""
+    """Of the tensors of `memory`, now."""
     _first: tuple[int, ...] = ()
-    """The addresses then."""
-    _owners: tuple[Tensor, Tensor] | None = None
-    """Of all addresses in the table, where they stand and in which tensor of `memory` they lie."""
+    """The same, when the table was made."""
+    _places: Tensor | None = None
+    """[3 count], on the device: of all addresses in the table, see `move_addresses`."""
+    _num_places: int = 0
 
     def __post_init__(self) -> None:
         numbers = [number for launch in self.launches for row in launch.rows for number in row]
-        self._numbers = torch.tensor(numbers, dtype=torch.int64)
         table = table_of(numbers, self.device)
         self.tables = []
         first = 0
@@ -127,7 +128,9 @@ class Plan:
             first += sum(len(row) for row in launch.rows)
         self._first = self._addresses = tuple([tensor.data_ptr() for tensor in self.memory])
         if self.memory:
-            self._owners = owners_of(numbers, self.memory)
+            at, owners = owners_of(numbers, self.memory)
+            self._num_places = len(at)
+            self._places = table_of([*at, *owners, *[numbers[index] for index in at]], self.device)
         self.memory = ()
 
     def move(self, addresses: Sequence[int]) -> bool:
@@ -139,18 +142,27 @@ class Plan:
         addresses = tuple(addresses)
         if addresses == self._addresses:
             return True
-        ways = [now - first for now, first in zip(addresses, self._first, strict=True)]
-        if self._owners is None or any([way % 16 for way in ways]):
+        both = enumerate(zip(addresses, self._addresses, strict=True))
+        moved = [(index, now - self._first[index]) for index, (now, was) in both if now != was]
+        if self._places is None or any([way % 16 for _, way in moved]):
             return False
-        at, owners = self._owners
-        numbers = torch.empty_like(self._numbers, pin_memory=self.device.type == "cuda")
-        numbers.copy_(self._numbers)
-        numbers[at] += torch.tensor(ways, dtype=torch.int64)[owners]
-        if len(numbers):
-            # Behind what reads the table now on this stream; the pinned numbers are kept until they are read.
-            self.tables[0][: len(numbers)].copy_(numbers, non_blocking=True)
+        with on(self.device):
+            for begin in range(0, len(moved), MOST_MOVED):
+                self._move(moved[begin : begin + MOST_MOVED])
         self._addresses = addresses
         return True
+
+    def _move(self, moved: Sequence[tuple[int, int]]) -> None:
+        """Write the addresses of some tensors anew, by (number, bytes from where it first was)."""
+        if not self._num_places:
+            return
+        pairs = FEW_MOVED if len(moved) <= FEW_MOVED else MOST_MOVED
+        numbers = [self._num_places]
+        for index, way in moved:
+            numbers += [index, way + LIFTED.value]
+        numbers += [len(self._first), 0] * (pairs - len(moved))  # no such tensor
+        programs = -(-self._num_places // TABLE_PIECE)
+        move_addresses[(programs,)](self.tables[0], self._places, as_arguments(numbers), pairs, TABLE_PIECE)
 
     def run(self) -> None:
         """Enqueue all launches; they share one workspace, which is free again when they are done."""
@@ -161,15 +173,14 @@ class Plan:
                 launch.run(table, workspace)
 
 
-def owners_of(numbers: Sequence[int], memory: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def owners_of(numbers: Sequence[int], memory: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     """Return where addresses stand in a table, and in which tensor each lies.
 
     What is too large for a size, a stride or a word of a key is an address.
 
     Example:
         >>> values = torch.zeros(4)
-        >>> at, owners = owners_of([7, values.data_ptr() + 4], [torch.zeros(2), values])
-        >>> at.tolist(), owners.tolist()
+        >>> owners_of([7, values.data_ptr() + 4], [torch.zeros(2), values])
         ([1], [1])
     """
     spans = sorted([(x.data_ptr(), x.nbytes, index) for index, x in enumerate(memory) if x.nbytes])
@@ -183,7 +194,7 @@ def owners_of(numbers: Sequence[int], memory: Sequence[Tensor]) -> tuple[Tensor,
         assert begin <= number < begin + size, "a task names memory that the sweep was not told of"
         at.append(index)
         owners.append(owner)
-    return torch.tensor(at, dtype=torch.int64), torch.tensor(owners, dtype=torch.int64)
+    return at, owners
 
 
 def prepared(

@@ -46,8 +46,10 @@ def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
     places = [(index, level) for index in range(count) for level in range(stack)]
     tall, channels = geometry.contracts == "cols", geometry.local_channels
     like = torch.empty((), dtype=bundle.dtype, device=bundle.device)
-    sketch = like.new_zeros(count, stack, *((channels, rank) if tall else (rank, channels)))
-    squares = like.new_zeros(count, stack, channels)
+    # What no gradient is there for is not swept.
+    make = like.new_empty if all(grad is not None for grad in bundle.grads) else like.new_zeros
+    sketch = make((count, stack, *((channels, rank) if tall else (rank, channels))))
+    squares = make((count, stack, channels))
     bases = bases_of(bundle, geometry)
     parts = {where: bases.of(*where)[:, :rank].contiguous() for where in places} if banded else None
 
@@ -67,8 +69,11 @@ def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
 
     memory = bases.memory if parts is None else parts.values()
     bundle.sweep("sketch", sketch, squares, *memory, tasks=tasks)
-    norms = torch.cat([squares.sum(-1), bundle.present().unsqueeze(-1)], dim=-1)
-    wanted = Round(sums=[Sum(norms, geometry.channel_splits + geometry.summed)])
+    over = geometry.channel_splits + geometry.summed
+    norms = squares.sum(-1)
+    if over:  # no worker may have a gradient
+        norms = torch.cat([norms, bundle.present().unsqueeze(-1)], dim=-1)
+    wanted = Round(sums=[Sum(norms, over)])
     if geometry.scattered is not None:
         rows = sketch.transpose(-1, -2) if tall else sketch
         scatter = Scatter(
@@ -83,7 +88,8 @@ def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
     else:
         wanted.sums += [Sum(sketch, geometry.summed), Sum(squares, geometry.summed)]
         yield wanted
-    return None if banded else sketch, squares, torch.where(norms[:, -1:] > 0, norms[:, :-1], 0)
+    whole = torch.where(norms[:, -1:] > 0, norms[:, :-1], 0) if over else norms
+    return None if banded else sketch, squares, whole
 
 
 def update_moments(
@@ -100,7 +106,8 @@ def update_moments(
         _moments_by_band(bundle, geometry, coefficients, before, after)
         return before, after, step
     own = sketch.shape[-2] if tall else sketch.shape[-1]
-    before, after = sketch.new_zeros(2, *active.shape, own)
+    make = sketch.new_empty if own > 0 else sketch.new_zeros
+    before, after = make((2, *active.shape, own))
 
     def tasks() -> list[MomentTask]:
         return [

@@ -121,13 +121,15 @@ class ApolloRule(Rule):
         group, geometry = bundle.group, geometry_of(bundle.members[0].shard, bundle.group, "")
         sketch, squares, norm = yield from sketch_round(bundle, geometry)
         inverse_scale = bundle.inverse_scale()
-        norm = norm * inverse_scale * inverse_scale
-        active = norm.isfinite() & (norm != 0 if group["zero_grad"] == "skip" else _moves(norm, group["lr"]))
-        active = active.to(bundle.dtype) * bundle.allowed()
-        bundle.moved = norm != 0
+        if bundle.grad_scale is not None:
+            norm, squares = (x * inverse_scale * inverse_scale for x in (norm, squares))
+        moved = bundle.moved = norm != 0
+        active = moved if group["zero_grad"] == "skip" else _moves(norm, group["lr"])
+        active = (active & (norm < math.inf)).to(bundle.dtype)  # nor NaN
+        if bundle.found_inf is not None:
+            active = active * bundle.allowed()
         before, after, step = update_moments(bundle, geometry, sketch, active)
         del sketch
-        squares = squares * inverse_scale * inverse_scale
         alpha = math.sqrt(geometry.contracted / geometry.rank) if group["scale"] == "auto" else group["scale"]
         if group["scale_type"] == "tensor":
             # Where eps is 0, a channel that never had a gradient is 0 / 0.
@@ -148,7 +150,8 @@ class ApolloRule(Rule):
             if group["limiter"] == "off"
             else limit_growth(length, memory, gamma=group["limiter_gamma"])
         )
-        scalar = torch.where(active > 0, group["lr"] * correction * alpha / limit * inverse_scale, 0)
+        rate = group["lr"] * alpha * inverse_scale
+        scalar = torch.where(active > 0, rate * correction / limit, 0)
         factor = ratio * scalar.unsqueeze(-1)
         gather = _gather_of(factor, geometry, group)
         yield Round(gathers=[gather] if gather is not None else [])
@@ -207,8 +210,7 @@ def _scale(bundle: Bundle, geometry: Geometry, factor: Tensor, active: Tensor, s
     """Move the weights along the raw gradients."""
     group = bundle.group
     along = "all" if group["scale_type"] == "tensor" else "rows" if geometry.contracts == "cols" else "cols"
-    decayed = 1 - group["lr"] * group["weight_decay"]
-    keep = (active * decayed + (1 - active)).unsqueeze(-1)
+    keep = (1 - active * (group["lr"] * group["weight_decay"])).unsqueeze(-1)
     held = [(i, grad) for i, grad in enumerate(bundle.grads) if grad is not None and grad.numel() > 0]
     for index, grad in held:
         param = bundle.members[index].param

@@ -1,6 +1,5 @@
 """From settings to an optimizer: the table of builders by `optim.name`."""
 
-import ast
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hardy.config import ConfigError
+from hardy.config import ConfigError, read_arguments
 from hardy.optim._sharded import is_sharded
 from hardy.optim.config import (
     AdafactorConfig,
@@ -139,15 +138,7 @@ def _adafactor(config: AdafactorConfig, model: nn.Module) -> Optimizer:
 
 
 def _by_path(config: TorchConfig, model: nn.Module) -> Optimizer:
-    arguments: dict[str, Any] = {}
-    for text in config.arguments:
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise ConfigError(f"optim.arguments must be name=value pairs, got {text!r}")
-        try:
-            arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[name] = value
+    arguments = read_arguments(config.arguments, setting="optim.arguments")
     return make_optimizer(model, config.name, lr=config.lr, weight_decay=config.weight_decay, **arguments)
 
 
