@@ -130,9 +130,13 @@ def sketch_vector(table, workspace, C: tl.constexpr):
 
 @jit
 def factors_at(grads, projection, rank, channel, k, bounds, C: tl.constexpr):
-    """Return tiles of the gradient [channels, contracted] and of the projection [contracted, ranks].
+    """Return tiles of the gradient [channels, contracted], twice, and of the projection [contracted, ranks].
 
     bounds: (channels, end of the contracted part). Lines are read along the rows of memory, then turned.
+
+    Twice: where the gradient goes to the tensor cores by the pipeline and is squared too, Triton 3.6 hands
+    over a tile before the product has read it (H100, eight warps: results off by half; right with one stage,
+    or without the squares). The second load finds the tile in the cache and costs a fortieth.
     """
     if C.contracts == "cols":
         cells = grads[0] + channel[:, None] * grads[1] + k[None, :]
@@ -143,13 +147,17 @@ def factors_at(grads, projection, rank, channel, k, bounds, C: tl.constexpr):
     if C.vector:
         cells = tl.multiple_of(cells, (16, 16))
     grad = tl.load(cells, mask=mask, other=0.0)
+    again = grad
     if C.contracts == "rows":
         grad = tl.trans(grad)
+        again = grad
+    else:
+        again = tl.load(cells, mask=mask, other=0.0, cache_modifier=".ca")
     right = projection[0] + k[:, None] * projection[1] + rank[None, :]
     if C.vector_projection:
         right = tl.multiple_of(right, (16, 16))
     right = tl.load(right, mask=(k < bounds[1])[:, None] & (rank < C.rank)[None, :], other=0.0)
-    return grad, right
+    return grad, again, right
 
 
 @jit
@@ -179,9 +187,9 @@ def sketch_matrix(table, workspace, C: tl.constexpr):
     square = tl.full((C.channels,), 0.0, tl.float32)
     for first in range(part * split, end, C.contracted):
         k = first + tl.arange(0, C.contracted)
-        grad, right = factors_at(grads, projection, rank, channel, k, (channels, end), C)
+        grad, again, right = factors_at(grads, projection, rank, channel, k, (channels, end), C)
         product = tl.dot(grad.to(C.product), right.to(C.product), product, input_precision=C.precision)
-        wide = grad.to(tl.float32)
+        wide = again.to(tl.float32)
         square += tl.sum(wide * wide, axis=1)
     sketch, squares = outputs_of(row, workspace, part, channels, C)
     if C.contracts == "cols":

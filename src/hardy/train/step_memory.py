@@ -22,8 +22,8 @@ Precision = Literal["fp32", "bf16", "bf16_pure"]
 FP32 = 4
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Logits of one chunk, as `hardy.ops.loss` has them; a test compares."""
-CUDA_WORKSPACE = 32 << 20
-"""What cuBLAS keeps on an H100 (less on others)."""
+CUDA_WORKSPACE = 64 << 20
+"""What cuBLAS keeps on an H100 (less on others): for the thread of the forward pass, and that of the backward."""
 
 
 @dataclass(kw_only=True)
