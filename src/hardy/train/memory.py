@@ -1,8 +1,8 @@
 """How much memory training takes, before it starts. Free of torch.
 
 Parameters by formula (`parameter_memory.py`), a step of hardy's decoder by its walk (`step_walk.py`). On a
-CPU predictions were compared with all live storages of real steps. On CUDA the same walk is an estimate, not
-yet compared: what kernels hold inside is remembered, fragmentation is left out.
+CPU predictions were compared with all live storages of real steps, on CUDA with what the allocator saw at
+most (`tests/gpu/test_memory.py`); fragmentation is left out.
 """
 
 from collections.abc import Callable, Mapping
