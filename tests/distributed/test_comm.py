@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from hardy.clock import VirtualClock
-from hardy.distributed.comm import Alone, TorchComm, WorkerLostError, join_world, leave_world
+from hardy.distributed.comm import Alone, TorchComm, WorkerLostError, join_world, leave_world, own_group
 
 
 @pytest.fixture
@@ -51,3 +51,19 @@ def test_a_group_counts_its_own_ranks(lone_process):
     comm = TorchComm(dist.new_group([0]), clock=VirtualClock())
     assert (comm.rank, comm.size, comm.clock.now()) == (0, 1, 0.0)
     assert comm.broadcast(torch.ones(1), source=0).item() == 1.0
+
+
+def test_groups_keep_the_clock_and_the_patience_of_their_world(lone_process):
+    clock = VirtualClock()
+    comm = TorchComm(clock=clock, timeout_s=7.0)
+    part = comm.divide([[0]])
+    assert part.clock is clock and part.timeout_s == 7.0 and lone_process.timeout_s == 10
+    assert part.group is not None and (part.rank, part.size) == (0, 1)
+    assert part.divide([[0]]).sum(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert Alone(clock=clock).divide([[0]]).clock is clock
+
+
+@pytest.mark.parametrize("groups", [[[0], [0, 1, 2]], [[0], [2]], [[0, 1, 2, 3]], []])
+def test_groups_that_do_not_hold_each_worker_once_are_refused(groups):
+    with pytest.raises(ValueError, match="groups must hold each rank from 0 to 2 exactly once, got"):
+        own_group(groups, rank=0, num_workers=3)

@@ -39,7 +39,32 @@ def test_an_all_reduce_sends_less_than_twice_its_size_and_whole_bytes(num_bytes,
 
 def test_alone_nothing_is_sent():
     alone = [costs.all_reduce(8, 1), costs.all_gather(8, 1), costs.broadcast(8, 1), costs.barrier(1)]
+    alone.append(costs.all_to_all(8, 1))
     assert all(traffic == costs.Traffic(bytes_sent=0, hops=0) for traffic in alone)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 8])
+def test_all_to_all_and_a_gather_of_the_sums_send_what_an_all_reduce_sends(num_workers):
+    scattered, gathered = (
+        costs.all_to_all(240, num_workers),
+        costs.all_gather(240 // num_workers, num_workers),
+    )
+    both = costs.all_reduce(240, num_workers)
+    assert scattered.bytes_sent + gathered.bytes_sent == both.bytes_sent
+    assert scattered.hops + gathered.hops == both.hops
+
+
+def test_a_link_costs_what_it_says_and_nothing_by_default():
+    traffic = costs.all_gather(100, 5)
+    assert costs.Link(bandwidth_bytes_per_s=1000.0, latency_s=0.25).seconds(traffic) == 0.4 + 1.0
+    assert costs.Link().seconds(traffic) == 0.0
+
+
+def test_impossible_links_are_refused():
+    with pytest.raises(ValueError, match="bandwidth_bytes_per_s is above 0, got 0"):
+        costs.Link(bandwidth_bytes_per_s=0)
+    with pytest.raises(ValueError, match="latency_s is at least 0, got -1"):
+        costs.Link(latency_s=-1)
 
 
 def test_seconds_are_bytes_over_bandwidth_plus_hops():

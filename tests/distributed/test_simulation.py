@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from hardy.distributed import costs
+from hardy.distributed.comm import WorkerLostError
 from hardy.distributed.config import ClusterConfig
 from hardy.distributed.simulation import SimWorld
 from hardy.distributed.turns import CollectiveMismatchError
@@ -63,8 +64,9 @@ def test_nothing_is_drawn_from_the_global_generator():
         (lambda comm, x: comm.all_gather(x), costs.all_gather(4000, 4)),
         (lambda comm, x: comm.broadcast(x, source=2), costs.broadcast(4000, 4)),
         (lambda comm, x: comm.barrier(), costs.barrier(4)),
+        (lambda comm, x: comm.all_to_all(x.view(4, 250)), costs.all_to_all(4000, 4)),
     ],
-    ids=["sum", "mean", "all_gather", "broadcast", "barrier"],
+    ids=["sum", "mean", "all_gather", "broadcast", "barrier", "all_to_all"],
 )
 def test_each_collective_takes_what_its_ring_takes(call, traffic):
     world = SimWorld(4, cluster=SLOW_NET)
@@ -167,3 +169,96 @@ def test_impossible_worlds_are_refused():
         SimWorld(0)
     with pytest.raises(ValueError, match="cluster.slow_factors lists 3 workers, but the world has 2"):
         SimWorld(2, cluster=ClusterConfig(slow_factors=(1.0, 2.0, 3.0)))
+
+
+# ---- Workers that die and come -----------------------------------------------------------------------------
+
+
+def test_the_others_are_told_of_a_death_and_the_sum_goes_on_among_them():
+    world = SimWorld(3, cluster=SLOW_NET, deaths={1: 2.5}, detect_s=0.75)
+
+    def body(comm):
+        for step in range(4):
+            comm.spend(1.0)
+            try:
+                comm.sum(noise(comm, step))
+            except WorkerLostError as error:
+                assert comm.is_lost(1) and not comm.is_lost(0)
+                return (
+                    str(error),
+                    comm.clock.now(),
+                    comm.among([0, 2], name="rest").sum(torch.tensor(1.0)).item(),
+                )
+
+    first, dead, last = world.run(body)
+    text = (
+        "simulated worker 0 of 3 could not finish 'sum of float32[1000] on cpu': worker 1 died; form a new "
+    )
+    assert dead is None and first[0].startswith(text)
+    # It dies while it works on its third step; the others arrive at 3 s and two sums, and then notice.
+    sums_s = 2 * (costs.all_reduce(4000, 3).bytes_sent / 1e6 + 4 * 0.01)
+    assert first[1:] == last[1:] == (pytest.approx(3.75 + sums_s, rel=1e-12), 2.0)
+    assert [worker.died_s for worker in world.report()] == [None, 2.5, None]
+
+
+def test_a_run_with_deaths_and_births_is_the_same_each_time_and_its_times_add_up():
+    cluster = ClusterConfig(bandwidth_bytes_per_s=1e6, latency_s=0.01, variation_sigma=0.5)
+
+    def body(comm):
+        lost = 0
+        for step in range(6):
+            comm.spend(1.0)
+            comm.clock.sleep(0.1)
+            try:
+                comm.mean(noise(comm, step))
+            except WorkerLostError:
+                lost += 1
+        return lost, comm.clock.now()
+
+    worlds = [SimWorld(4, cluster=cluster, deaths={2: 7.3}, births={3: 1.7}) for _ in range(2)]
+    answers = [world.run(body) for world in worlds]
+    assert answers[0] == answers[1] == worlds[0].run(body) and worlds[0].report() == worlds[1].report()
+    assert answers[0][2] is None and 0 < answers[0][0][0] < 6
+    for worker in worlds[0].report():
+        spent_s = worker.compute_s + worker.transfer_s + worker.idle_s
+        assert spent_s == pytest.approx(worker.virtual_s, rel=1e-12)
+    assert worlds[0].report()[3].idle_s >= 1.7
+
+
+def test_a_failed_transfer_sends_nothing_and_changes_nothing():
+    def body(comm):
+        if comm.rank == 1:
+            comm.die()
+        x = torch.ones(4)
+        with pytest.raises(WorkerLostError):
+            comm.all_to_all(x.view(2, 2))
+        return torch.equal(x, torch.ones(4)), comm.bytes_sent
+
+    world = SimWorld(2, detect_s=0.0)
+    assert world.run(body) == [(True, 0), None]
+    assert world.report()[1].died_s == 0.0
+
+
+def test_all_workers_see_one_store():
+    def body(comm):
+        comm.store.setdefault("seen", []).append(comm.rank)
+        comm.barrier()
+        return comm.store["seen"]
+
+    world = SimWorld(3)
+    assert world.run(body) == world.run(body) == [[0, 1, 2]] * 3  # each run has its own
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"deaths": {3: 1.0}}, "deaths names worker 3, but the world has 3, from 0"),
+        ({"births": {-1: 1.0}}, "births names worker -1"),
+        ({"births": {0: float("nan")}}, "births of worker 0 is nan s; it must be at least 0 and finite"),
+        ({"deaths": {0: -2.0}}, "deaths of worker 0 is -2.0 s"),
+        ({"detect_s": -1.0}, "detect_s is at least 0, got -1.0"),
+    ],
+)
+def test_impossible_deaths_and_births_are_refused(settings, text):
+    with pytest.raises(ValueError, match=text):
+        SimWorld(3, **settings)

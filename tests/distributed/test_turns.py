@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hardy.distributed.turns import CollectiveMismatchError, Outcome, Turns
+from hardy.distributed.turns import CollectiveMismatchError, MemberLostError, Outcome, Turns
 
 
 def share(values, *, seconds=0.0):
@@ -131,3 +131,194 @@ def test_time_runs_forward(seconds):
     turns = Turns(1)
     with pytest.raises(ValueError, match="time only moves forward"):
         turns.run(lambda member: turns.advance(member, seconds))
+
+
+# ---- Some meet while others go on --------------------------------------------------------------------------
+
+
+def test_several_meetings_are_open_at_once_and_do_not_wait_for_each_other():
+    turns = Turns(4)
+
+    def body(member):
+        pair = (0, 2) if member.rank % 2 == 0 else (3, 1)
+        turns.advance(member, float(member.rank))
+        heard = turns.meet(member, "pair", member.rank, share, pair)
+        first_s = member.now_s
+        return heard, first_s, turns.meet(member, "all", member.rank, share), member.now_s
+
+    assert turns.run(body) == [
+        ([0, 2], 2.0, [0, 1, 2, 3], 3.0),
+        ([3, 1], 3.0, [0, 1, 2, 3], 3.0),
+        ([0, 2], 2.0, [0, 1, 2, 3], 3.0),
+        ([3, 1], 3.0, [0, 1, 2, 3], 3.0),
+    ]
+
+
+def test_a_meeting_of_some_ends_before_those_who_are_ahead_go_on():
+    turns, order = Turns(3), []
+
+    def body(member):
+        if member.rank == 2:
+            turns.advance(member, 5.0)
+        else:
+            turns.meet(member, "pair", None, lambda values: share(values, seconds=1.0), (0, 1))
+        order.append((member.now_s, member.rank))
+
+    turns.run(body)
+    assert order == [(1.0, 0), (1.0, 1), (5.0, 2)]
+
+
+def test_members_that_do_not_agree_on_who_meets_are_named():
+    turns = Turns(3)
+
+    def body(member):
+        turns.meet(member, "sum", None, share, [(0, 1), (1, 2), (0, 1, 2)][member.rank])
+
+    with pytest.raises(CollectiveMismatchError) as mismatch:
+        turns.run(body)
+    assert "  rank 0: sum among 0, 1\n  rank 1: sum among 1, 2\n  rank 2: sum" in str(mismatch.value)
+
+
+def test_who_meets_is_among_those_who_meet():
+    turns = Turns(3)
+    with pytest.raises(ValueError, match=r"member 2 meets among \(0, 1\), but is none of them"):
+        turns.run(lambda member: turns.meet(member, "sum", None, share, (0, 1)))
+
+
+# ---- Births and deaths -------------------------------------------------------------------------------------
+
+
+def test_a_member_begins_at_its_birth():
+    turns, order = Turns(3, births={0: 2.5}), []
+
+    def body(member):
+        order.append((member.now_s, member.rank))
+        turns.advance(member, 1.0)
+        turns.meet(member, "all", None, share)
+        return member.now_s, member.idle_s
+
+    assert turns.run(body) == [(3.5, 2.5), (3.5, 2.5), (3.5, 2.5)]
+    assert order == [(0.0, 1), (0.0, 2), (2.5, 0)]
+
+
+@pytest.mark.parametrize(("dies_s", "steps"), [(3.0, 2), (3.5, 3), (0.0, 0), (2.999, 2)])
+def test_what_would_end_at_a_death_or_later_does_not_happen(dies_s, steps):
+    turns, done = Turns(2, deaths={1: dies_s}), []
+
+    def body(member):
+        for step in range(5):
+            turns.advance(member, 1.0)
+            if member.rank == 1:
+                done.append(step)
+        return "lived"
+
+    assert turns.run(body) == ["lived", None]
+    assert len(done) == steps and turns.members[1].died_s == turns.members[1].now_s == dies_s
+
+
+def meets(turns, member, *, among=None, seconds=0.0):
+    """Meet; return when it ended, and who was found dead."""
+    try:
+        turns.meet(member, "sum", None, lambda values: share(values, seconds=seconds), among)
+    except MemberLostError as error:
+        return member.now_s, error.ranks
+    return member.now_s, ()
+
+
+@pytest.mark.parametrize(
+    ("dies_s", "heard"),
+    [
+        (2.0, [(3.0, (1,)), None, (4.5, (1,)), (3.0, (1,))]),  # before it comes
+        (2.8, [(3.8, (1,)), None, (4.5, (1,)), (3.8, (1,))]),  # while it waits for the last
+        (4.0, [(5.0, (1,)), None, (5.0, (1,)), (5.0, (1,))]),  # in the meeting
+        (4.5, [(5.5, (1,)), None, (5.5, (1,)), (5.5, (1,))]),  # as it ends
+        (4.6, [(4.5, ()), None, (4.5, ()), (4.5, ())]),  # after it
+    ],
+)
+def test_those_who_wait_notice_after_the_death_and_their_own_arrival(dies_s, heard):
+    turns = Turns(4, deaths={1: dies_s}, detect_s=1.0)
+
+    def body(member):
+        turns.advance(member, [0.5, 2.5, 3.5, 1.0][member.rank])
+        answer = meets(turns, member, seconds=1.0)
+        turns.advance(member, 10.0)
+        return answer
+
+    assert turns.run(body) == heard
+
+
+def test_a_death_of_its_own_will_ends_a_member_wherever_it_is():
+    turns, cleaned = Turns(3, detect_s=0.25), []
+
+    def body(member):
+        if member.rank == 0:
+            try:
+                turns.advance(member, 1.0)
+                turns.die(member)
+            except Exception:
+                return "held back"
+            finally:
+                cleaned.append(member.now_s)
+                turns.meet(member, "farewell", None, share)  # the dead do not meet
+        return meets(turns, member)
+
+    assert turns.run(body) == [None, (1.25, (0,)), (1.25, (0,))] and cleaned == [1.0]
+    assert turns.members[0].died_s == 1.0
+
+
+def test_two_deaths_are_both_told_and_the_living_meet_without_them():
+    turns = Turns(4, deaths={0: 1.0, 3: 1.5}, detect_s=1.0)
+
+    def body(member):
+        turns.advance(member, 0.5 if member.rank in (1, 2) else 3.0)
+        first = meets(turns, member)
+        return first, meets(turns, member, among=(1, 2))
+
+    assert turns.run(body) == [None, *[((2.0, (0, 3)), (2.0, ()))] * 2, None]
+
+
+def test_the_dead_concern_only_those_who_meet_them():
+    turns = Turns(4, deaths={3: 0.5})
+
+    def body(member):
+        among, answers = ((0, 1) if member.rank < 2 else (2, 3)), []
+        for _ in range(3):
+            turns.advance(member, 0.25)
+            answers.append(meets(turns, member, among=among))
+        return answers
+
+    untouched = [(0.25, ()), (0.5, ()), (0.75, ())]
+    assert turns.run(body) == [untouched, untouched, [(0.25, ()), (1.5, (3,)), (2.75, (3,))], None]
+
+
+def test_time_adds_up_for_those_who_die_and_those_who_notice():
+    turns = Turns(3, deaths={2: 3.0}, detect_s=0.5)
+    worked = [0.0] * 3
+
+    def body(member):
+        for _ in range(4):
+            before_s = member.now_s
+            try:
+                turns.advance(member, 1.0 + member.rank / 4)
+            finally:
+                worked[member.rank] += member.now_s - before_s
+            meets(turns, member, seconds=0.125)
+
+    turns.run(body)
+    for member in turns.members:
+        assert member.now_s == worked[member.rank] + member.idle_s + member.meeting_s
+
+
+def test_waiting_for_one_who_ended_well_is_a_mismatch_and_not_a_loss():
+    turns = Turns(3, deaths={2: 5.0})
+
+    def body(member):
+        if member.rank == 0:
+            turns.meet(member, "pair", None, share, (0, 1))
+        if member.rank == 2:
+            turns.advance(member, 10.0)
+
+    with pytest.raises(
+        CollectiveMismatchError, match="rank 0: pair among 0, 1\n  rank 1: has ended\n  rank 2: has d"
+    ):
+        turns.run(body)

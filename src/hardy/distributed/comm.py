@@ -5,10 +5,10 @@ call it, in the same order, with tensors of equal shape and dtype. Inputs are le
 tensors outside the autograd graph.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ SUMMABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
     | {torch.int8, torch.uint8, torch.int32, torch.int64}
 )
-"""The dtypes that gloo and NCCL both add up. `all_gather` and `broadcast` move bytes and take any dtype."""
+"""The dtypes that gloo and NCCL both add up. The other collectives move bytes and take any dtype."""
 
 
 class WorkerLostError(UserError):
@@ -64,6 +64,10 @@ class Communicator(Protocol):
         """Return everyone's `x` stacked in rank order, shape (size, *x.shape)."""
         ...
 
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Send row j of `x`, shape (size, ...), to worker j; return the rows sent to us, by who sent them."""
+        ...
+
     def broadcast(self, x: Tensor, *, source: int) -> Tensor:
         """Return worker `source`'s `x`."""
         ...
@@ -91,24 +95,36 @@ class Alone:
     def sum(self, x: Tensor) -> Tensor:
         """Return a copy of `x`."""
         check_sum(x)
-        return _copy(x)
+        return copy_of(x)
 
     def mean(self, x: Tensor) -> Tensor:
         """Return a copy of `x`."""
         check_mean(x)
-        return _copy(x)
+        return copy_of(x)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return a copy of `x` with shape (1, *x.shape)."""
-        return _copy(x)[None]
+        return copy_of(x)[None]
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Return a copy of `x`, whose one row stays here."""
+        check_rows(x, num_workers=1)
+        return copy_of(x)
 
     def broadcast(self, x: Tensor, *, source: int) -> Tensor:
         """Return a copy of `x`."""
         check_source(source, num_workers=1)
-        return _copy(x)
+        return copy_of(x)
 
     def barrier(self) -> None:
         """Return at once."""
+
+    def divide(
+        self, groups: Sequence[Sequence[int]], *, link: Literal["inner", "outer"] = "outer"
+    ) -> "Alone":
+        """Return the group that this worker is in: itself."""
+        own_group(groups, rank=0, num_workers=1)
+        return Alone(clock=self.clock)
 
 
 class TorchComm:
@@ -117,13 +133,21 @@ class TorchComm:
     Args:
         group: the group; none means all processes.
         clock: this worker's time.
+        timeout_s: how long groups made by `divide` wait in a collective; none means torch's default.
 
     Raises:
         WorkerLostError: by every method, when a peer died or came later than the group's timeout.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        *,
+        clock: Clock | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         self.group = group
+        self.timeout_s = timeout_s
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.clock: Clock = clock or WallClock()
@@ -132,7 +156,7 @@ class TorchComm:
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the workers."""
         check_sum(x)
-        result = _copy(x)
+        result = copy_of(x)
         with self._sending("sum", costs.all_reduce(x.nbytes, self.size)):
             dist.all_reduce(result, group=self.group)
         return result
@@ -146,21 +170,51 @@ class TorchComm:
         """Return everyone's `x` stacked in rank order."""
         result = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         with self._sending("all_gather", costs.all_gather(x.nbytes, self.size)):
-            dist.all_gather([_bytes(part) for part in result.unbind()], _bytes(_copy(x)), group=self.group)
+            parts = [as_bytes(part) for part in result.unbind()]
+            dist.all_gather(parts, as_bytes(copy_of(x)), group=self.group)
         return result
 
     def broadcast(self, x: Tensor, *, source: int) -> Tensor:
         """Return worker `source`'s `x`."""
         check_source(source, num_workers=self.size)
-        result = _copy(x)
+        result = copy_of(x)
         with self._sending("broadcast", costs.broadcast(x.nbytes, self.size)):
-            dist.broadcast(_bytes(result), group=self.group, group_src=source)
+            dist.broadcast(as_bytes(result), group=self.group, group_src=source)
+        return result
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Send row j of `x` to worker j; return the rows sent to us, by who sent them."""
+        check_rows(x, num_workers=self.size)
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with self._sending("all_to_all", costs.all_to_all(x.nbytes, self.size)):
+            dist.all_to_all_single(as_bytes(result), as_bytes(copy_of(x)), group=self.group)
         return result
 
     def barrier(self) -> None:
         """Wait until everyone is here."""
         with self._sending("barrier", costs.barrier(self.size)):
             dist.barrier(self.group)
+
+    def divide(
+        self, groups: Sequence[Sequence[int]], *, link: Literal["inner", "outer"] = "outer"
+    ) -> "TorchComm":
+        """Return the group that this worker is in, as a process group of its own; everyone calls it alike.
+
+        Args:
+            groups: ranks; each worker is in exactly one.
+            link: only the simulation tells its links apart; here the network is what it is.
+        """
+        own = own_group(groups, rank=self.rank, num_workers=self.size)
+        timeout = None if self.timeout_s is None else timedelta(seconds=self.timeout_s)
+        if self.group is None:  # all processes make all groups, in the same order
+            made = [dist.new_group(list(group), timeout=timeout) for group in groups]
+            group = made[[list(members) for members in groups].index(own)]
+        else:
+            of_world = dist.get_process_group_ranks(self.group)
+            members = [of_world[rank] for rank in own]
+            group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup), "this process is in its own group"
+        return TorchComm(group, clock=self.clock, timeout_s=self.timeout_s)
 
     @contextmanager
     def _sending(self, call: str, traffic: costs.Traffic) -> Iterator[None]:
@@ -169,6 +223,93 @@ class TorchComm:
             yield
         except RuntimeError as error:
             raise _lost(self, call, error) from error
+        self.bytes_sent += traffic.bytes_sent
+
+
+class GlooComm:
+    """A gloo group that belongs to no world of torch.distributed; tensors of a GPU travel through the host.
+
+    Args:
+        group: a `torch.distributed.ProcessGroupGloo`; torch's types leave out what it can do.
+        clock: this worker's time.
+        whose: who the workers are, for errors.
+
+    Raises:
+        WorkerLostError: by every method, when a peer died or came later than the group's timeout; from then
+            on by all.
+    """
+
+    def __init__(self, group: Any, *, clock: Clock, whose: str) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self.clock = clock
+        self.bytes_sent = 0
+        self._group, self._whose = group, whose
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of `x` over the workers."""
+        check_sum(x)
+        result = copy_of(x).cpu()
+        with self._sending("sum", costs.all_reduce(x.nbytes, self.size)):
+            self._open().allreduce([torch.view_as_real(result) if result.is_complex() else result]).wait()
+        return result.to(x.device)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean of `x` over the workers."""
+        check_mean(x)
+        return self.sum(x).div_(self.size)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return everyone's `x` stacked in rank order."""
+        result = torch.empty(self.size, *x.shape, dtype=x.dtype)
+        parts = [as_bytes(part) for part in result.unbind()]
+        with self._sending("all_gather", costs.all_gather(x.nbytes, self.size)):
+            self._open().allgather([parts], [as_bytes(copy_of(x).cpu())]).wait()
+        return result.to(x.device)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Send row j of `x` to worker j; return the rows sent to us, by who sent them."""
+        check_rows(x, num_workers=self.size)
+        result = torch.empty(x.shape, dtype=x.dtype)
+        with self._sending("all_to_all", costs.all_to_all(x.nbytes, self.size)):
+            self._open().alltoall_base(as_bytes(result), as_bytes(copy_of(x).cpu()), [], []).wait()
+        return result.to(x.device)
+
+    def broadcast(self, x: Tensor, *, source: int) -> Tensor:
+        """Return worker `source`'s `x`."""
+        check_source(source, num_workers=self.size)
+        result = copy_of(x).cpu()
+        with self._sending("broadcast", costs.broadcast(x.nbytes, self.size)):
+            self._open().broadcast(as_bytes(result), source, None).wait()
+        return result.to(x.device)
+
+    def barrier(self) -> None:
+        """Wait until everyone is here."""
+        with self._sending("barrier", costs.barrier(self.size)):
+            self._open().barrier().wait()
+
+    def close(self) -> None:
+        """Close all connections, so that those who still wait for this worker notice at once.
+
+        Only the end of the group does: torch's `abort` and `shutdown` leave those of gloo open (torch 2.13).
+        """
+        self._group = None
+
+    def _open(self) -> Any:
+        if self._group is None:
+            raise RuntimeError("its connections are closed")
+        return self._group
+
+    @contextmanager
+    def _sending(self, call: str, traffic: costs.Traffic) -> Iterator[None]:
+        """Count what is sent; once one call has failed, let no other hang."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.close()
+            raise WorkerLostError(
+                f"worker {self.rank} of {self._whose} could not finish {call!r} with the others: one of them "
+                f"died, or came later than strategy.timeout_s. torch says: {error}"
+            ) from error
         self.bytes_sent += traffic.bytes_sent
 
 
@@ -226,7 +367,7 @@ def join_world(
             f"worker {rank} of {size} did not meet the others at {init_method} within {timeout_s:g} s; start "
             f"all {size} workers, with the same address, each with its own rank. torch says: {error}"
         ) from error
-    return TorchComm()
+    return TorchComm(timeout_s=timeout_s)
 
 
 def leave_world() -> None:
@@ -257,10 +398,29 @@ def check_source(source: int, *, num_workers: int) -> None:
         raise ValueError(f"broadcast source must be a rank from 0 to {num_workers - 1}, got {source}")
 
 
-def _copy(x: Tensor) -> Tensor:
+def check_rows(x: Tensor, *, num_workers: int) -> None:
+    """Refuse an `all_to_all` that has not one row for each worker."""
+    if x.ndim == 0 or x.shape[0] != num_workers:
+        raise ValueError(
+            f"all_to_all needs one row for each of the {num_workers} workers, got shape {list(x.shape)}"
+        )
+
+
+def own_group(groups: Sequence[Sequence[int]], *, rank: int, num_workers: int) -> list[int]:
+    """Return the group of worker `rank`; refuse groups that do not hold each worker exactly once."""
+    if sorted(member for group in groups for member in group) != list(range(num_workers)):
+        raise ValueError(
+            f"groups must hold each rank from 0 to {num_workers - 1} exactly once, got "
+            f"{[list(group) for group in groups]}"
+        )
+    return next(list(group) for group in groups if rank in group)
+
+
+def copy_of(x: Tensor) -> Tensor:
+    """Return a contiguous copy outside the autograd graph."""
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _bytes(x: Tensor) -> Tensor:
+def as_bytes(x: Tensor) -> Tensor:
     """Return the memory of a contiguous tensor, as the bytes that gloo and NCCL move whatever the dtype."""
     return x.view(-1).view(torch.uint8)

@@ -31,6 +31,33 @@ class Traffic:
         return self.bytes_sent / bandwidth_bytes_per_s + self.hops * latency_s
 
 
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """The wire between two workers. The default costs no time at all."""
+
+    bandwidth_bytes_per_s: float | None = None
+    """Bytes it carries per second; none means infinitely many."""
+    latency_s: float = 0.0
+    """Seconds before a message arrives, whatever its size."""
+
+    def __post_init__(self) -> None:
+        if self.bandwidth_bytes_per_s is not None and not self.bandwidth_bytes_per_s > 0:
+            raise ValueError(f"a link's bandwidth_bytes_per_s is above 0, got {self.bandwidth_bytes_per_s}")
+        if not self.latency_s >= 0:
+            raise ValueError(f"a link's latency_s is at least 0, got {self.latency_s}")
+
+    def seconds(self, traffic: Traffic) -> float:
+        """Return how long this traffic takes here.
+
+        Example:
+            >>> Link(bandwidth_bytes_per_s=1e6, latency_s=0.5).seconds(all_reduce(1_000_000, 4))
+            4.5
+        """
+        return traffic.seconds(
+            bandwidth_bytes_per_s=self.bandwidth_bytes_per_s or math.inf, latency_s=self.latency_s
+        )
+
+
 def all_reduce(num_bytes: int, num_workers: int) -> Traffic:
     """Return 2(n-1)/n * B in 2(n-1) hops: a reduce-scatter, then an all-gather of the n parts.
 
@@ -50,6 +77,17 @@ def all_gather(num_bytes: int, num_workers: int) -> Traffic:
         Traffic(bytes_sent=12000, hops=3)
     """
     return Traffic(bytes_sent=(num_workers - 1) * num_bytes, hops=num_workers - 1)
+
+
+def all_to_all(num_bytes: int, num_workers: int) -> Traffic:
+    """Return (n-1)/n * B in n-1 hops: each of the n parts but one's own goes straight to its worker.
+
+    Example:
+        >>> all_to_all(4000, 4)
+        Traffic(bytes_sent=3000, hops=3)
+    """
+    hops = num_workers - 1
+    return Traffic(bytes_sent=math.ceil(hops * num_bytes / num_workers), hops=hops)
 
 
 def broadcast(num_bytes: int, num_workers: int) -> Traffic:

@@ -74,15 +74,21 @@ def parallelize(
     policy = MixedPrecisionPolicy()
     if precision == "bf16" and device_type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    mesh = _mesh(device_type, replicas=replicas, shards=shards)
+    mesh = _mesh(comm, device_type, replicas=replicas, shards=shards)
     for name in sorted(unit_names, key=lambda name: -name.count(".")):  # inner units before those around them
         fully_shard(model.get_submodule(name), mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 
 
-def _mesh(device_type: str, *, replicas: int, shards: int) -> DeviceMesh:
+def _mesh(comm: TorchComm, device_type: str, *, replicas: int, shards: int) -> DeviceMesh:
     """Return the workers as a line of shards, or as a grid with one replica per row."""
+    if comm.group is not None:
+        if replicas > 1:
+            raise ConfigError(
+                f"workers that train alone as a group cannot be {replicas} replicas x {shards} shards at once"
+            )
+        return DeviceMesh.from_group(comm.group, device_type, mesh_dim_names=("shard",))
     if replicas == 1:
         return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
@@ -145,7 +151,7 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
     grads_by_sharding: dict[Sharding | None, list[Tensor]] = defaultdict(list)
     for grad in _gradients(parameters):
         sharding = (grad.device_mesh, tuple(grad.placements)) if isinstance(grad, DTensor) else None
-        grads_by_sharding[sharding].append(_local(grad))
+        grads_by_sharding[sharding].append(local_part(grad))
     squares = [_over_shards(_square(grads), sharding) for sharding, grads in grads_by_sharding.items()]
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
@@ -157,14 +163,14 @@ def clip_gradients(parameters: Iterable[Tensor], *, norm: Tensor, clip_norm: flo
     """
     factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in _gradients(parameters):
-        _local(grad).mul_(factor)
+        local_part(grad).mul_(factor)
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [param.grad for param in parameters if param.grad is not None]
 
 
-def _local(x: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """Return the part of `x` on this worker; it shares its memory."""
     return x.to_local() if isinstance(x, DTensor) else x
 

@@ -4,22 +4,35 @@ Each worker is a thread, but exactly one runs at a time (`turns`). Time passes o
 `clock.sleep` and in collectives: a collective ends for everyone at the latest arrival plus what the ring
 costs (`costs`). Values are combined in rank order. So results and times depend on the program, the cluster
 and the seed alone, never on this machine or its load.
+
+Workers may begin late and die (`births`, `deaths`, `SimComm.die`). Some of them may meet while the others
+go on (`SimComm.divide`, `SimComm.among`).
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 from torch import Tensor, stack
 
 from hardy.distributed import costs
-from hardy.distributed.comm import check_mean, check_source, check_sum
+from hardy.distributed.comm import (
+    WorkerLostError,
+    check_mean,
+    check_rows,
+    check_source,
+    check_sum,
+    own_group,
+)
 from hardy.distributed.config import ClusterConfig
-from hardy.distributed.turns import Member, Outcome, Turns
+from hardy.distributed.turns import Member, MemberLostError, Outcome, Turns
 
 R = TypeVar("R")
+
+Combine = Callable[[list[Tensor]], list[Tensor]]
+"""Makes what each worker gets from what all brought."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +46,11 @@ class WorkerReport:
     transfer_s: float
     """In collectives, after the last worker arrived."""
     idle_s: float
-    """Waiting for others to arrive, and asleep."""
+    """Waiting for others to arrive, asleep, and not yet begun."""
     bytes_sent: int
-    """As a ring would send them."""
+    """As a ring would send them, over all its links."""
+    died_s: float | None = None
+    """When it died, if it did."""
 
 
 class SimWorld:
@@ -45,6 +60,10 @@ class SimWorld:
         num_workers: how many.
         cluster: their speeds and their network; none means equal workers for whom nothing takes time.
         seed: of the random variation of the workers' speeds.
+        inner_link: between workers of one replica (`groups.split`); none means as between all others.
+        births: when a worker begins, in virtual seconds by rank; not listed is 0.
+        deaths: when a worker dies, in virtual seconds by rank; what would end then or later does not happen.
+        detect_s: virtual seconds until the others notice, once they wait for one who is dead.
 
     Example:
         >>> import torch
@@ -52,7 +71,17 @@ class SimWorld:
         [3, 3, 3]
     """
 
-    def __init__(self, num_workers: int, *, cluster: ClusterConfig | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        cluster: ClusterConfig | None = None,
+        seed: int = 0,
+        inner_link: costs.Link | None = None,
+        births: Mapping[int, float] | None = None,
+        deaths: Mapping[int, float] | None = None,
+        detect_s: float = 1.0,
+    ) -> None:
         if num_workers < 1:
             raise ValueError(f"a simulated world needs at least one worker, got {num_workers}")
         self.size = num_workers
@@ -63,113 +92,39 @@ class SimWorld:
                 f"cluster.slow_factors lists {len(self.cluster.slow_factors)} workers, but the world has "
                 f"{num_workers}; shorten the list"
             )
-        self._comms: list[SimComm] = []
+        outer = costs.Link(
+            bandwidth_bytes_per_s=self.cluster.bandwidth_bytes_per_s, latency_s=self.cluster.latency_s
+        )
+        self.links: dict[str, costs.Link] = {"outer": outer, "inner": inner_link or outer}
+        self.births, self.deaths = dict(births or {}), dict(deaths or {})
+        _check_moments("births", self.births, num_workers=num_workers)
+        _check_moments("deaths", self.deaths, num_workers=num_workers)
+        if not detect_s >= 0:
+            raise ValueError(f"detect_s is at least 0, got {detect_s}")
+        self.detect_s = detect_s
+        self._workers: list[_Worker] = []
 
     def run(self, body: Callable[["SimComm"], R]) -> list[R]:
-        """Run `body` once per worker, all from virtual time 0, and return their results in rank order.
+        """Run `body` once per worker and return their results in rank order; of those who died, None.
 
-        Gradient mode, autocast and other settings that torch keeps per thread start at their defaults.
+        All begin at virtual time 0, or at their birth. Gradient mode, autocast and other settings that torch
+        keeps per thread start at their defaults.
 
         Raises:
             CollectiveMismatchError: the workers did not call the same collectives.
             BaseException: whatever the first failing worker raised, with its rank as a note; the others are
                 stopped where they wait.
         """
-        turns = Turns(self.size)
-        self._comms = [SimComm(self, turns, member) for member in turns.members]
-        return turns.run(lambda member: body(self._comms[member.rank]))
+        turns = Turns(self.size, births=self.births, deaths=self.deaths, detect_s=self.detect_s)
+        store: dict[str, Any] = {}
+        self._workers = [_Worker(self, turns, member, store) for member in turns.members]
+        everyone = tuple(range(self.size))
+        comms = [SimComm(worker, everyone, self.links["outer"], "") for worker in self._workers]
+        return turns.run(lambda member: body(comms[member.rank]))
 
     def report(self) -> list[WorkerReport]:
         """Return where the virtual time of the last run went, in rank order; empty before the first."""
-        return [comm.report() for comm in self._comms]
-
-
-class SimComm:
-    """The other simulated workers, seen from one of them. A `Communicator`; `SimWorld.run` makes it."""
-
-    def __init__(self, world: SimWorld, turns: Turns, member: Member) -> None:
-        self.rank, self.size = member.rank, world.size
-        self.bytes_sent = 0
-        self.clock = SimClock(turns, member)
-        self._cluster, self._seed = world.cluster, world.seed
-        self._turns, self._member = turns, member
-        self._compute_s = 0.0
-        self._num_spends = 0
-
-    def spend(self, work_s: float) -> None:
-        """Work as long as this worker takes for what an ordinary one does in `work_s` seconds.
-
-        Not in `Communicator`: with real workers time passes by itself, so no algorithm needs it; whoever
-        simulates a run knows what its work costs and says so here.
-        """
-        seconds = costs.compute_seconds(
-            work_s, self._cluster, rank=self.rank, index=self._num_spends, seed=self._seed
-        )
-        self._num_spends += 1
-        self._compute_s += seconds
-        self._turns.advance(self._member, seconds)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of `x`, added in rank order."""
-        check_sum(x)
-        return self._meet("sum", x, costs.all_reduce(x.nbytes, self.size), _add_up)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Return the sum in rank order, divided by the number of workers."""
-        check_mean(x)
-        return self._meet("mean", x, costs.all_reduce(x.nbytes, self.size), _average)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Return everyone's `x` stacked in rank order."""
-        return self._meet("all_gather", x, costs.all_gather(x.nbytes, self.size), stack)
-
-    def broadcast(self, x: Tensor, *, source: int) -> Tensor:
-        """Return worker `source`'s `x`."""
-        check_source(source, num_workers=self.size)
-        traffic = costs.broadcast(x.nbytes, self.size)
-        return self._meet(f"broadcast from {source}", x, traffic, lambda values: values[source])
-
-    def barrier(self) -> None:
-        """Wait until everyone is here."""
-        traffic = costs.barrier(self.size)
-        self._turns.meet(self._member, "barrier", None, partial(self._finish, traffic, lambda _: None))
-        self.bytes_sent += traffic.bytes_sent
-
-    def report(self) -> WorkerReport:
-        """Return where this worker's virtual time went so far."""
-        member = self._member
-        return WorkerReport(
-            virtual_s=member.now_s,
-            compute_s=self._compute_s,
-            transfer_s=member.meeting_s,
-            idle_s=member.idle_s + self.clock.slept_s,
-            bytes_sent=self.bytes_sent,
-        )
-
-    def _meet(
-        self, name: str, x: Tensor, traffic: costs.Traffic, combine: Callable[[list[Tensor]], Tensor]
-    ) -> Tensor:
-        """Call one collective."""
-        dtype = str(x.dtype).removeprefix("torch.")
-        call = f"{name} of {dtype}{list(x.shape)} on {x.device}"
-        answer = self._turns.meet(self._member, call, x.detach(), partial(self._finish, traffic, combine))
-        self.bytes_sent += traffic.bytes_sent
-        return answer
-
-    def _finish(
-        self,
-        traffic: costs.Traffic,
-        combine: Callable[[list[Tensor]], Tensor | None],
-        values: list[Tensor],
-    ) -> Outcome:
-        """Combine everyone's values, once for all."""
-        result = combine(values)
-        seconds = traffic.seconds(
-            bandwidth_bytes_per_s=self._cluster.bandwidth_bytes_per_s or math.inf,
-            latency_s=self._cluster.latency_s,
-        )
-        # Copies: each worker may change its own in place.
-        return Outcome(answers=[None if result is None else result.clone() for _ in values], seconds=seconds)
+        return [worker.report() for worker in self._workers]
 
 
 class SimClock:
@@ -185,8 +140,215 @@ class SimClock:
 
     def sleep(self, seconds: float) -> None:
         """Let virtual time pass idly."""
-        self._turns.advance(self._member, seconds)
-        self.slept_s += seconds
+        before_s = self._member.now_s
+        try:
+            self._turns.advance(self._member, seconds)
+        finally:  # a death cuts it short
+            self.slept_s += self._member.now_s - before_s
+
+
+@dataclass(eq=False)
+class _Worker:
+    """What all communicators of one simulated worker share."""
+
+    world: SimWorld
+    turns: Turns
+    member: Member
+    store: dict[str, Any]
+    clock: SimClock = field(init=False)
+    compute_s: float = 0.0
+    num_spends: int = 0
+    bytes_sent: int = 0
+
+    def __post_init__(self) -> None:
+        self.clock = SimClock(self.turns, self.member)
+
+    def report(self) -> WorkerReport:
+        """Return where this worker's virtual time went so far."""
+        return WorkerReport(
+            virtual_s=self.member.now_s,
+            compute_s=self.compute_s,
+            transfer_s=self.member.meeting_s,
+            idle_s=self.member.idle_s + self.clock.slept_s,
+            bytes_sent=self.bytes_sent,
+            died_s=self.member.died_s,
+        )
+
+
+class SimComm:
+    """The other simulated workers, or some of them, seen from one. A `Communicator`; `SimWorld.run` makes it.
+
+    Raises:
+        WorkerLostError: by every collective in which a dead worker was expected, `detect_s` after both its
+            death and this worker's arrival.
+    """
+
+    def __init__(self, worker: _Worker, ranks: tuple[int, ...], link: costs.Link, name: str) -> None:
+        self.ranks = ranks
+        """The workers here, as ranks of the world."""
+        self.rank, self.size = ranks.index(worker.member.rank), len(ranks)
+        self.bytes_sent = 0
+        self.clock = worker.clock
+        self._worker, self._link, self._name = worker, link, name
+
+    @property
+    def world_rank(self) -> int:
+        """This worker among all of the world."""
+        return self._worker.member.rank
+
+    @property
+    def store(self) -> dict[str, Any]:
+        """A place that all workers of this run see, as processes see a store of torch.distributed."""
+        return self._worker.store
+
+    def is_lost(self, world_rank: int) -> bool:
+        """Return whether this worker of the world has died."""
+        return self._worker.turns.members[world_rank].died_s is not None
+
+    def spend(self, work_s: float) -> None:
+        """Work as long as this worker takes for what an ordinary one does in `work_s` seconds.
+
+        Not in `Communicator`: with real workers time passes by itself, so no algorithm needs it; whoever
+        simulates a run knows what its work costs and says so here.
+        """
+        worker = self._worker
+        seconds = costs.compute_seconds(
+            work_s,
+            worker.world.cluster,
+            rank=self.world_rank,
+            index=worker.num_spends,
+            seed=worker.world.seed,
+        )
+        worker.num_spends += 1
+        before_s = self.clock.now()
+        try:
+            worker.turns.advance(worker.member, seconds)
+        finally:  # a death cuts it short
+            worker.compute_s += self.clock.now() - before_s
+
+    def die(self) -> NoReturn:
+        """End this worker here and now, as a crash would; nothing after this runs but `finally` blocks."""
+        self._worker.turns.die(self._worker.member)
+
+    def among(
+        self, ranks: Sequence[int], *, name: str, link: Literal["inner", "outer"] = "outer"
+    ) -> "SimComm":
+        """Return the communicator of some workers, in this order; no word is exchanged.
+
+        Args:
+            ranks: of this communicator, with this worker among them.
+            name: tells groups of the same workers apart; all of them give the same.
+            link: which of the world's links they talk over.
+        """
+        members = tuple(self.ranks[rank] for rank in ranks)
+        return SimComm(self._worker, members, self._worker.world.links[link], f"{self._name}/{name}")
+
+    def divide(
+        self, groups: Sequence[Sequence[int]], *, link: Literal["inner", "outer"] = "outer"
+    ) -> "SimComm":
+        """Return the group that this worker is in; the groups do not wait for each other.
+
+        Args:
+            groups: ranks; each worker is in exactly one.
+            link: which of the world's links they talk over.
+        """
+        own = own_group(groups, rank=self.rank, num_workers=self.size)
+        return self.among(own, name=f"{link} group", link=link)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of `x`, added in rank order."""
+        check_sum(x)
+        return self._meet("sum", x, costs.all_reduce(x.nbytes, self.size), _for_all(_add_up))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the sum in rank order, divided by the number of workers."""
+        check_mean(x)
+        return self._meet("mean", x, costs.all_reduce(x.nbytes, self.size), _for_all(_average))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return everyone's `x` stacked in rank order."""
+        return self._meet("all_gather", x, costs.all_gather(x.nbytes, self.size), _for_all(stack))
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Send row j of `x` to worker j; return the rows sent to us, by who sent them."""
+        check_rows(x, num_workers=self.size)
+        return self._meet("all_to_all", x, costs.all_to_all(x.nbytes, self.size), _turn)
+
+    def broadcast(self, x: Tensor, *, source: int) -> Tensor:
+        """Return worker `source`'s `x`."""
+        check_source(source, num_workers=self.size)
+        traffic = costs.broadcast(x.nbytes, self.size)
+        return self._meet(f"broadcast from {source}", x, traffic, _for_all(lambda values: values[source]))
+
+    def barrier(self) -> None:
+        """Wait until everyone is here."""
+        self.agree("barrier", None, lambda values: values, traffic=costs.barrier(self.size))
+
+    def agree(
+        self,
+        call: str,
+        value: Any,
+        combine: Callable[[list[Any]], Sequence[Any]],
+        *,
+        traffic: costs.Traffic | None = None,
+    ) -> Any:
+        """Meet the others with any value; return our part of what `combine` makes of all, in rank order.
+
+        Args:
+            call: in words; all come with the same.
+            value: what this worker brings.
+            combine: runs once on behalf of all; what it gives may be dropped, when someone dies meanwhile.
+            traffic: what it sends; none means nothing.
+        """
+        worker = self._worker
+        name = call + (f" in {self._name.removeprefix('/')}" if self._name else "")
+        try:
+            answer = worker.turns.meet(
+                worker.member, name, value, partial(self._finish, combine, traffic), self.ranks
+            )
+        except MemberLostError as error:
+            dead = " and ".join(f"worker {self.ranks.index(rank)}" for rank in error.ranks)
+            raise WorkerLostError(
+                f"simulated worker {self.rank} of {self.size} could not finish {call!r}: {dead} died; form a "
+                f"new group (`OuterGroup.reform`), or go on from the last checkpoint"
+            ) from error
+        if traffic is not None:
+            self.bytes_sent += traffic.bytes_sent
+            worker.bytes_sent += traffic.bytes_sent
+        return answer
+
+    def report(self) -> WorkerReport:
+        """Return where this worker's virtual time went so far."""
+        return self._worker.report()
+
+    def _meet(self, name: str, x: Tensor, traffic: costs.Traffic, combine: Combine) -> Tensor:
+        """Call one collective."""
+        dtype = str(x.dtype).removeprefix("torch.")
+        call = f"{name} of {dtype}{list(x.shape)} on {x.device}"
+        return self.agree(call, x.detach(), combine, traffic=traffic)
+
+    def _finish(
+        self, combine: Callable[[list[Any]], Sequence[Any]], traffic: costs.Traffic | None, values: list[Any]
+    ) -> Outcome:
+        """Combine everyone's values, once for all."""
+        return Outcome(
+            answers=combine(values), seconds=0.0 if traffic is None else self._link.seconds(traffic)
+        )
+
+
+def _for_all(combine: Callable[[list[Tensor]], Tensor]) -> Combine:
+    """Give everyone the same values, but a tensor of its own, which it may change in place."""
+
+    def copies(values: list[Tensor]) -> list[Tensor]:
+        result = combine(values)
+        return [result.clone() for _ in values]
+
+    return copies
+
+
+def _turn(values: list[Tensor]) -> list[Tensor]:
+    """Give worker j everyone's row j."""
+    return [stack([rows[receiver] for rows in values]) for receiver in range(len(values))]
 
 
 def _add_up(values: list[Tensor]) -> Tensor:
@@ -199,3 +361,11 @@ def _add_up(values: list[Tensor]) -> Tensor:
 
 def _average(values: list[Tensor]) -> Tensor:
     return _add_up(values) / len(values)
+
+
+def _check_moments(setting: str, moments_s: Mapping[int, float], *, num_workers: int) -> None:
+    for rank, moment_s in moments_s.items():
+        if not 0 <= rank < num_workers:
+            raise ValueError(f"{setting} names worker {rank}, but the world has {num_workers}, from 0")
+        if not 0 <= moment_s < math.inf:
+            raise ValueError(f"{setting} of worker {rank} is {moment_s} s; it must be at least 0 and finite")

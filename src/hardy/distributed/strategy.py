@@ -3,7 +3,7 @@
 Paper: none; the base of all strategies here. `Synchronous` is ordinary data parallelism.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from hardy.distributed.comm import Communicator
-from hardy.distributed.config import StrategyConfig, SynchronousConfig
 from hardy.distributed.sharded import averages_in_backward
 
 BUCKET_BYTES = 25_000_000
@@ -21,7 +20,7 @@ BUCKET_BYTES = 25_000_000
 
 
 class Strategy:
-    """How workers train together: five moments, each empty until a method needs it."""
+    """How workers train together: six moments, each empty until a method needs it."""
 
     def before_forward(self) -> None:
         """Open a round, once a step; only `train/step.py` calls this. Push-sum de-biases here."""
@@ -29,11 +28,38 @@ class Strategy:
     def before_module_forward(self, name: str) -> None:
         """Act before unit `name` is gathered and run. EDiT finishes the unit's meeting here."""
 
+    def after_forward(self) -> None:
+        """Act after the first micro-batch's forward pass. EDiT settles units that did not run."""
+
     def reduce_gradients(self) -> None:
-        """Act after the last micro-batch. Data parallel, dSTAR; EDiT settles units that never ran."""
+        """Act after the last micro-batch. Data parallel, dSTAR."""
 
     def after_step(self) -> None:
         """Act after the inner optimizer. Local SGD, DiLoCo, the clock of A-EDiT."""
+
+    def finish(self) -> None:
+        """Settle what is under way; after the last step, before the last evaluation and checkpoint."""
+
+    def own_steps(self, step: int) -> int:
+        """Return how many steps this worker has done itself, where the run as a whole stands at `step`."""
+        return step
+
+    def standing(self, step: int) -> int:
+        """Return where the run as a whole stands after this worker's step that would make it `step`."""
+        return step
+
+    @property
+    def is_together(self) -> bool:
+        """Whether all workers are at the same step now, so that they may evaluate, save and end together."""
+        return True
+
+    def agreed_stop(self, votes: int) -> bool:
+        """Return whether all workers know that the run is to stop, given the votes of this one's replica."""
+        return votes > 0
+
+    def take_report(self) -> dict[str, Any]:
+        """Return what the method has to say of this step, for the metrics, once."""
+        return {}
 
     def evaluation_parameters(self) -> AbstractContextManager[None]:
         """Show the weights to evaluate, then put the training weights back."""
@@ -43,22 +69,37 @@ class Strategy:
         """Return everything a resume needs: tensors and plain values."""
         return {}
 
+    def expect(self, saved: Mapping[str, Any]) -> None:
+        """Make room for what a checkpoint holds, so that `state_dict` has the tensors to be filled.
+
+        Args:
+            saved: the plain values of the state that was saved.
+        """
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
 
 
 def watch_units(model: nn.Module, names: Iterable[str], strategy: Strategy) -> list[RemovableHandle]:
-    """Call `strategy.before_module_forward` before each unit; attach after `fully_shard`.
+    """Call `strategy.before_module_forward` before each unit in training, and `after_forward` at the end.
+
+    Attach after `fully_shard`.
 
     Prepended, so that the strategy acts before FSDP2 gathers the unit; appended, the unit would compute with
     old weights.
     """
 
-    def before(name: str, _module: nn.Module, _args: object) -> None:
-        strategy.before_module_forward(name)
+    def before(name: str, module: nn.Module, _args: object) -> None:
+        if module.training and torch.is_grad_enabled():
+            strategy.before_module_forward(name)
+
+    def after(module: nn.Module, _args: object, _output: object) -> None:
+        if module.training and torch.is_grad_enabled():
+            strategy.after_forward()
 
     units = [(name, model.get_submodule(name)) for name in names]
-    return [unit.register_forward_pre_hook(partial(before, name), prepend=True) for name, unit in units]
+    handles = [unit.register_forward_pre_hook(partial(before, name), prepend=True) for name, unit in units]
+    return [*handles, model.register_forward_hook(after)]
 
 
 class Synchronous(Strategy):
@@ -102,18 +143,3 @@ def buckets(parameters: Iterable[Tensor], *, bucket_bytes: int) -> Iterator[list
         if sum(member.nbytes for member in bucket) >= bucket_bytes:
             yield open_buckets.pop((param.dtype, param.device))
     yield from open_buckets.values()
-
-
-def _build_synchronous(_config: SynchronousConfig, model: nn.Module, comm: Communicator) -> Strategy:
-    return Synchronous(model, comm)
-
-
-STRATEGIES: dict[str, Callable[[Any, nn.Module, Communicator], Strategy]] = {
-    "synchronous": _build_synchronous
-}
-"""What `strategy.name` may be. A new strategy is its file, its config class and its line here."""
-
-
-def build_strategy(config: StrategyConfig, model: nn.Module, comm: Communicator) -> Strategy:
-    """Return the strategy that `config` describes, for the model as it is trained and all workers."""
-    return STRATEGIES[config.name](config, model, comm)

@@ -12,7 +12,7 @@ def evaluate(worker: Worker, stream: PackStream, *, num_packs: int, micro_packs:
     Every worker runs the same number of forward passes, since sharded models meet in each; a worker that has
     run out of packs takes another's without counting it.
     """
-    comm = worker.comm
+    comm = worker.world
     totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
     was_training = worker.model.training
     worker.model.eval()

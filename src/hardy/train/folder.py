@@ -38,6 +38,10 @@ class RunFolder:
         self.tokenizer = path / "tokenizer"
         self.lock_file = path / ".lock"
 
+    def checkpoints_of(self, replica: int) -> Path:
+        """Return where a replica that trains alone saves; the first one where any run does."""
+        return self.path / f"checkpoints-replica-{replica}" if replica else self.checkpoints
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; the lock goes with the process, however that ends.

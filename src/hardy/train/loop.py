@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hardy.data.stream import PackStream
+from hardy.distributed.strategy import Strategy
 from hardy.ops.packed import PackedBatch
 from hardy.optim.schedules import Schedule
 from hardy.train.config import LoopConfig
@@ -34,6 +35,10 @@ class Progress:
     skipped_in_a_row: int = 0
     clipped: int = 0
     """Steps whose gradients were made smaller."""
+    evaluated_at: int = 0
+    """Step of the last evaluation."""
+    saved_at: int = 0
+    """Step of the last checkpoint."""
     first_loss: float = math.nan
     last_loss: float = math.nan
     validation_loss: float | None = None
@@ -69,7 +74,7 @@ class Batches:
     def at(self, step: int, worker: Worker) -> list[PackedBatch]:
         """Return this worker's micro-batches of step `step` (from 0), on its device."""
         first = step * self.batch_packs
-        mine = range(first, first + self.batch_packs)[worker.comm.rank :: worker.comm.size]
+        mine = range(first, first + self.batch_packs)[worker.world.rank :: worker.world.size]
         starts = range(0, len(mine), self.micro_packs)
         return [self.stream.batch(mine[i : i + self.micro_packs]).to(worker.device) for i in starts]
 
@@ -117,33 +122,43 @@ def run_loop(
     Raises:
         RunFailedError: too many non-finite steps in a row, or the loss diverged.
     """
-    while progress.step < plan.loop.steps:
+    strategy = worker.strategy
+    while progress.step < plan.loop.steps or not strategy.is_together:
         line, result = _step_and_evaluate(worker, plan, progress, wants_stop=stop())
         record(line)
         _check_health(progress, plan.loop, left_out_for=result.left_out_for)
-        is_last = progress.step == plan.loop.steps
-        if result.stop_votes and not is_last:
+        is_last = progress.step >= plan.loop.steps and strategy.is_together
+        stops = strategy.agreed_stop(result.stop_votes)
+        if stops or is_last or _is_time(strategy, progress, plan.checkpoint_every_steps, progress.saved_at):
+            progress.saved_at = progress.step
             save(progress)
+        if stops and not is_last:
             return False
-        if is_last or progress.step % plan.checkpoint_every_steps == 0:
-            save(progress)
     return True
+
+
+def _is_time(strategy: Strategy, progress: Progress, every_steps: int, last: int) -> bool:
+    """Whether a multiple of `every_steps` was passed since step `last`, where all workers are together."""
+    return strategy.is_together and progress.step // every_steps > last // every_steps
 
 
 def _step_and_evaluate(
     worker: Worker, plan: Plan, progress: Progress, *, wants_stop: bool
 ) -> tuple[dict[str, Any], StepResult]:
     """Make a step, and evaluate when it is time; return the record and what the step did."""
-    clock = worker.comm.clock
+    clock, strategy = worker.comm.clock, worker.strategy
     started_s = clock.now()
-    lr = plan.schedule.rate(progress.step)
-    micro_batches = plan.batches.at(progress.step, worker)
-    num_targets = plan.batches.num_targets(progress.step)
+    lr = plan.schedule.rate(min(progress.step, plan.loop.steps - 1))
+    own_step = strategy.own_steps(progress.step)
+    micro_batches = plan.batches.at(own_step, worker)
+    num_targets = plan.batches.num_targets(own_step)
     result = train_step(worker, micro_batches, num_targets=num_targets, lr=lr, wants_stop=wants_stop)
     plan.schedule.record(result.loss)
-    _advance(progress, result, num_tokens=num_targets)
+    _advance(progress, result, num_tokens=num_targets, step=strategy.standing(progress.step + 1))
+    is_last = progress.step >= plan.loop.steps and strategy.is_together
+    if is_last:
+        strategy.finish()
     stepped_s = clock.now()
-    is_last = progress.step == plan.loop.steps
     line: dict[str, Any] = {
         "step": progress.step,
         "loss": result.loss,
@@ -154,8 +169,10 @@ def _step_and_evaluate(
         "busy_time_s": result.busy_s,
         "skipped": progress.skipped,
         "clipped": progress.clipped,
-    }
-    if plan.validation and (is_last or progress.step % plan.loop.evaluate_every_steps == 0):
+    } | strategy.take_report()
+    every_steps = plan.loop.evaluate_every_steps
+    if plan.validation and (is_last or _is_time(strategy, progress, every_steps, progress.evaluated_at)):
+        progress.evaluated_at = progress.step
         progress.validation_loss = evaluate(
             worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
         )
@@ -167,9 +184,9 @@ def _step_and_evaluate(
     return line, result
 
 
-def _advance(progress: Progress, result: StepResult, *, num_tokens: int) -> None:
-    """Take one step's result into `progress`."""
-    progress.step += 1
+def _advance(progress: Progress, result: StepResult, *, num_tokens: int, step: int) -> None:
+    """Take one step's result into `progress`, which stands at `step` now."""
+    progress.step = step
     progress.tokens += num_tokens
     progress.clipped += result.clipped
     progress.last_loss = result.loss

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from hardy.config import ConfigError
+from hardy.distributed.config import LocalUpdateConfig
 from hardy.model.presets import HF_PREFIX, check_context, count_parameters, resolve_shape
 from hardy.optim.schedules import check_warmup
 from hardy.train.config import TrainConfig
@@ -57,7 +58,12 @@ def plan_run(config: TrainConfig, *, num_workers: int) -> RunPlan:
     Raises:
         UserError: two settings, or a setting and the number of workers, do not fit.
     """
-    replicas, shards = config.strategy.mesh.sizes(num_workers)
+    copies = config.strategy.copies if isinstance(config.strategy, LocalUpdateConfig) else 1
+    if num_workers % copies:
+        raise ConfigError(
+            f"strategy.copies={copies} does not divide the {num_workers} workers; start a multiple of it"
+        )
+    replicas, shards = config.strategy.mesh.sizes(num_workers // copies)
     micro = micro_batches(config.train.batch_packs, num_workers, config.train.micro_packs)
     check_warmup(config.optim.schedule.warmup_steps, total_steps=config.train.steps)
     _check_lengths(config)

@@ -23,6 +23,7 @@ from hardy.train.device import Hardware, choose_hardware, denormals_flushed
 from hardy.train.folder import RunFolder, replace_json
 from hardy.train.hooks import Hook, RunFacts, Summary
 from hardy.train.loop import Progress, run_loop
+from hardy.train.manifest import Checkpoint
 from hardy.train.metrics import MetricsFile
 from hardy.train.plan import World
 from hardy.train.setup import Assembly, Stateful, assemble, check_identity
@@ -116,14 +117,8 @@ def _train(
     hooks = list(around.hooks) if comm.rank == 0 else []
     corpus = prepare_once(config, around.cache_dir, comm, hooks)
     assembly = assemble(config, comm, corpus=corpus, hardware=hardware)
-    store = CheckpointStore(
-        folder.checkpoints,
-        comm,
-        keep_last=config.checkpoint.keep_last,
-        keep_best=config.checkpoint.keep_best,
-        asynchronous=config.checkpoint.asynchronous,
-    )
-    progress = load_newest(store, assembly, folder)
+    store = _store(config, folder, assembly, replica=assembly.grid.replica)
+    progress = load_newest(store, assembly, folder, first=lambda: _store(config, folder, assembly, replica=0))
     if comm.rank == 0:
         corpus.tokenizer.save(folder.tokenizer)
         if is_resumed:
@@ -174,7 +169,7 @@ def _facts(
         total_steps=config.train.steps,
         first_step=progress.step,
         tokens_per_step=config.train.batch_packs * config.data.pack_tokens,
-        num_workers=assembly.worker.comm.size,
+        num_workers=assembly.worker.world.size,
         device=hardware.name,
         unigram_entropy=corpus.unigram_entropy,
         config=to_dict(config),
@@ -192,7 +187,7 @@ def _loop(
 ) -> None:
     """Run the loop with its records and checkpoints; what is being saved is finished whatever happens."""
     worker = assembly.worker
-    is_first = worker.comm.rank == 0
+    is_first = worker.world.rank == 0
     metrics = MetricsFile(folder.metrics_file, after_step=progress.step) if is_first else None
 
     def record(line: dict[str, Any]) -> None:
@@ -239,15 +234,61 @@ def prepare_once(config: TrainConfig, cache_dir: Path, comm: Communicator, hooks
     return corpus
 
 
-def load_newest(store: CheckpointStore, assembly: Assembly, folder: RunFolder) -> Progress:
-    """Load the newest good checkpoint into the assembled run and return where it stands."""
+def _store(config: TrainConfig, folder: RunFolder, assembly: Assembly, *, replica: int) -> CheckpointStore:
+    """Return the checkpoints of a replica; where all step together there is one."""
+    return CheckpointStore(
+        folder.checkpoints_of(replica),
+        assembly.worker.comm,
+        keep_last=config.checkpoint.keep_last,
+        keep_best=config.checkpoint.keep_best,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+
+
+def _newest(
+    store: CheckpointStore, assembly: Assembly, first: Callable[[], CheckpointStore]
+) -> tuple[CheckpointStore, Checkpoint | None]:
+    """Return the newest good checkpoint that all replicas have, or else the first replica's newest."""
+    mine = store.newest_good()
+    if assembly.grid.replicas == 1:
+        return store, mine
+    world = assembly.worker.world
+    steps = world.all_gather(torch.tensor(mine.step if mine else -1)).tolist()
+    if len(set(steps)) == 1:
+        return store, mine
+    held = {checkpoint.step: checkpoint for checkpoint in store.all()}
+    listed = (sorted(held)[-_COMPARED:] + [-1] * _COMPARED)[:_COMPARED]
+    rows = world.all_gather(torch.tensor(listed)).tolist()
+    common = set.intersection(*({step for step in row if step >= 0} for row in rows))
+    if common:
+        return store, held[max(common)]
+    other = first()
+    return other, other.newest_good()
+
+
+_COMPARED = 64
+"""Checkpoints that replicas compare."""
+
+
+def load_newest(
+    store: CheckpointStore, assembly: Assembly, folder: RunFolder, *, first: Callable[[], CheckpointStore]
+) -> Progress:
+    """Load the newest good checkpoint into the assembled run and return where it stands.
+
+    Args:
+        store: of this worker's replica.
+        assembly: the run.
+        folder: where it lies.
+        first: opens the first replica's, from which a run goes on with more replicas.
+    """
     progress = Progress()
-    checkpoint = store.newest_good()
+    store, checkpoint = _newest(store, assembly, first)
     if checkpoint is None:
         return progress
     plain = store.read_plain(checkpoint)
     check_identity(plain["identity"], assembly.identity, run_dir=str(folder.path))
     worker, parts = assembly.worker, assembly.parts()
+    worker.strategy.expect(plain["strategy"])
     progress.load_state_dict(plain["progress"])
     if not plain.get("schedule"):  # one without state, so not the one at hand if that has any
         assembly.plan.schedule.reset(at_step=progress.step)

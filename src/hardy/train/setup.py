@@ -1,7 +1,7 @@
 """From a configuration to what trains: model, optimizer, strategy, batches. The same in all three worlds."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -10,9 +10,11 @@ from torch import nn
 from hardy.config import ConfigError, UserError, to_dict
 from hardy.data.corpus import Corpus
 from hardy.data.stream import PackStream
-from hardy.distributed.comm import Communicator
+from hardy.distributed.build import Trained, build_strategy
+from hardy.distributed.comm import Alone, Communicator
+from hardy.distributed.config import LocalUpdateConfig
+from hardy.distributed.groups import Grid, split
 from hardy.distributed.sharded import parallelize, place
-from hardy.distributed.strategy import build_strategy
 from hardy.model.build import build_model
 from hardy.model.decoder import Decoder, unit_names
 from hardy.model.init import initialise
@@ -52,6 +54,7 @@ class Assembly:
     identity: dict[str, Any]
     """What a checkpoint must have in common with the run that loads it."""
     num_parameters: int
+    grid: Grid
 
     def parts(self) -> dict[str, Stateful]:
         """Return what a checkpoint keeps beside model, optimizer and progress, by the name it has there."""
@@ -66,29 +69,37 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
         UserError: settings, data and number of workers do not fit together.
     """
     sizes = plan_run(config, num_workers=comm.size)
+    grid = _grid(config, comm, replicas=sizes.replicas)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
     model = build_model(config.model, vocab_size=corpus.tokenizer.vocab_size)
+    names = unit_names(model)
     document_tokens = config.data.document_tokens or config.data.pack_tokens
     check_context(getattr(model, "context_tokens", None), document_tokens=document_tokens)
     num_parameters = sum(p.numel() for p in model.parameters())
     same_run = identity(config, corpus, model)
     int8_group = _int8_group(config.optim, shards=sizes.shards)
+    together = replace(sizes, num_workers=grid.inner.size, replicas=grid.inner.size // sizes.shards)
     model = place_model(
-        model, comm, sizes=sizes, hardware=hardware, seed=config.train.seed, int8_group=int8_group
+        model, grid.inner, sizes=together, hardware=hardware, seed=config.train.seed, int8_group=int8_group
     )
     sharded = sizes.shards > 1
     optimizer = build_optimizer(config.optim, model)
     released = False
     if isinstance(optimizer, RuleOptimizer) and isinstance(config.optim, RuleConfig) and config.optim.release:
         released = True
-        _release(optimizer, model, num_workers=comm.size, sizes=sizes, batch_packs=config.train.batch_packs)
+        _release(optimizer, model, sizes=together)
     guard = build_guard(config.optim, optimizer, device=hardware.device)
     worker = Worker(
         model=model,
         optimizer=optimizer,
-        strategy=build_strategy(config.strategy, model, comm),
-        comm=comm,
+        strategy=build_strategy(
+            config.strategy,
+            Trained(model=model, optimizer=optimizer, unit_names=names, comm=comm, grid=grid),
+        ),
+        comm=grid.inner,
+        everyone=comm,
+        replicas=grid.replicas,
         device=hardware.device,
         # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
         autocast=AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded),
@@ -105,7 +116,15 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
         validation_packs=min(config.train.evaluate_packs, validation.num_packs or 0) if validation else 0,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
-    return Assembly(worker=worker, plan=plan, identity=same_run, num_parameters=num_parameters)
+    return Assembly(worker=worker, plan=plan, identity=same_run, num_parameters=num_parameters, grid=grid)
+
+
+def _grid(config: TrainConfig, comm: Communicator, *, replicas: int) -> Grid:
+    """Return who steps together: all workers, or where replicas train alone those of this one's replica."""
+    if isinstance(config.strategy, LocalUpdateConfig):
+        return split(comm, replicas=replicas, shards=comm.size // replicas)
+    alone = Alone(clock=comm.clock)
+    return Grid(inner=comm, outer=alone, replica=0, replicas=1, shard=comm.rank, shards=comm.size)
 
 
 def build_guard(
@@ -130,18 +149,15 @@ def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
     return config.group_columns
 
 
-def _release(
-    optimizer: RuleOptimizer, model: nn.Module, *, num_workers: int, sizes: RunPlan, batch_packs: int
-) -> None:
+def _release(optimizer: RuleOptimizer, model: nn.Module, *, sizes: RunPlan) -> None:
     """Update parameters inside the backward pass of the last micro-batch."""
-    if num_workers > 1 and sizes.replicas > 1 and sizes.shards == 1:
+    if sizes.replicas > 1 and sizes.shards == 1:
         raise ConfigError(
-            f"optim.release=true works on one worker or with shards, and {num_workers} workers hold a whole "
-            f"model each; set strategy.mesh.shards to {num_workers}"
+            f"optim.release=true works on one worker or with shards, and {sizes.num_workers} workers hold a "
+            f"whole model each; set strategy.mesh.shards to {sizes.num_workers}"
         )
-    num_micro = -(-(batch_packs // num_workers) // sizes.micro.packs)
     # FSDP2 hands out gradients with the last micro-batch only.
-    optimizer.enable_release(model, accumulation_steps=1 if sizes.shards > 1 else num_micro)
+    optimizer.enable_release(model, accumulation_steps=1 if sizes.shards > 1 else sizes.micro.count)
 
 
 def place_model(

@@ -30,6 +30,7 @@ class Worker:
     optimizer: torch.optim.Optimizer
     strategy: Strategy
     comm: Communicator
+    """Those who step together: all workers, or those of this replica where replicas train alone."""
     device: torch.device
     autocast: "AutocastSetting" = field(default_factory=lambda: AutocastSetting())
     clip_norm: float | None = None
@@ -39,6 +40,15 @@ class Worker:
     and leaves out what is not finite."""
     released: bool = False
     """Whether the optimizer updates inside the backward pass, so that no gradient is left to look at."""
+    everyone: Communicator | None = None
+    """All workers of the run; None where they are `comm`."""
+    replicas: int = 1
+    """Groups like `comm` that share a global batch; each divides its gradients by its part of the targets."""
+
+    @property
+    def world(self) -> Communicator:
+        """All workers of the run."""
+        return self.everyone or self.comm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +68,7 @@ class StepResult:
     """What one step did, the same on every worker."""
 
     loss: float
-    """Mean negative log-likelihood per target of the global batch, in nats."""
+    """Mean negative log-likelihood per target in nats: of the global batch, or this replica's part of it."""
     grad_norm: float
     """Global gradient norm before clipping; 0 where gradients are released."""
     applied: bool
@@ -84,11 +94,12 @@ def train_step(
     Args:
         worker: the model and what trains it.
         micro_batches: this worker's share; every worker has the same number.
-        num_targets: labels of the global batch, over all workers.
+        num_targets: labels of the global batch, over all workers and replicas.
         lr: learning rate of this step.
         wants_stop: whether this worker was asked to stop.
     """
     started_s = worker.comm.clock.now()
+    share = num_targets / worker.replicas
     set_learning_rate(
         worker.optimizer, lr
     )  # before the backward pass, which updates where gradients are released
@@ -98,7 +109,7 @@ def train_step(
         with accumulating(worker.model, last=i == len(micro_batches) - 1):
             with worker.autocast.context():
                 nll = worker.model(batch.tokens_T, batch.layout, batch.labels_T)
-            (nll * (worker.comm.size / num_targets)).backward()
+            (nll * (worker.comm.size / share)).backward()
         nll_sum += nll.detach()
     worker.strategy.reduce_gradients()
     parameters = [p for group in worker.optimizer.param_groups for p in group["params"]]
@@ -120,11 +131,11 @@ def train_step(
     else:
         if worker.released:  # each parameter decided for itself; this only closes the step
             worker.optimizer.step()
-        left_out_for = _faults(worker, parameters, loss=nll_total / num_targets, norm=norm_value)
+        left_out_for = _faults(worker, parameters, loss=nll_total / share, norm=norm_value)
     worker.strategy.after_step()
     worker.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        loss=nll_total / num_targets,
+        loss=nll_total / share,
         grad_norm=norm_value,
         applied=applied,
         clipped=clipped,

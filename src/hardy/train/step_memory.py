@@ -23,7 +23,7 @@ FP32 = 4
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 """Logits of one chunk, as `hardy.ops.loss` has them; a test compares."""
 CUDA_WORKSPACE = 64 << 20
-"""What cuBLAS keeps on an H100 (less on others): for the thread of the forward pass, and that of the backward."""
+"""What cuBLAS keeps on an H100 (less on others): one for the forward thread, one for the backward."""
 
 
 @dataclass(kw_only=True)

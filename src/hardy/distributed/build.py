@@ -1,0 +1,171 @@
+"""From settings to a strategy."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hardy.config import read_arguments
+from hardy.distributed.aggregation import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
+from hardy.distributed.anomaly import AnomalyGuard, Finite, ZTest
+from hardy.distributed.comm import Communicator
+from hardy.distributed.compression import BF16, Compression, Full, Int8, TopK
+from hardy.distributed.config import (
+    AEDiTConfig,
+    AnomalyConfig,
+    CompressionConfig,
+    DelayedConfig,
+    DiLoCoConfig,
+    EDiTConfig,
+    LocalSGDConfig,
+    LocalUpdateConfig,
+    OuterSGDConfig,
+    PostLocalSGDConfig,
+    StrategyConfig,
+    StreamingDiLoCoConfig,
+    SynchronousConfig,
+)
+from hardy.distributed.groups import FixedGroup, Grid, OuterGroup
+from hardy.distributed.lane import Lane
+from hardy.distributed.local_round import Manner, Parts
+from hardy.distributed.local_updates import LocalUpdates
+from hardy.distributed.outer import OuterOptimizer, OuterSGD, TorchOuter
+from hardy.distributed.sharded import bare
+from hardy.distributed.strategy import Strategy, Synchronous, watch_units
+from hardy.distributed.triggers import EverySeconds, EverySteps, Trigger
+from hardy.distributed.units import Units
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a strategy may lay its hands on."""
+
+    model: nn.Module
+    """As it is trained, wrapped or plain."""
+    optimizer: Optimizer
+    unit_names: Sequence[str]
+    """Submodules that are gathered and exchanged as a whole, in the order of the forward pass."""
+    comm: Communicator
+    """All workers."""
+    grid: Grid
+    """The same workers as replicas, and those of this one's replica."""
+    outer: OuterGroup | None = None
+    """The replicas, where they may come and go; None takes those of the grid."""
+
+
+def _build_synchronous(_config: SynchronousConfig, trained: Trained) -> Strategy:
+    return Synchronous(trained.model, trained.comm)
+
+
+LocalConfig = (
+    EDiTConfig
+    | AEDiTConfig
+    | LocalSGDConfig
+    | PostLocalSGDConfig
+    | DiLoCoConfig
+    | StreamingDiLoCoConfig
+    | DelayedConfig
+)
+
+
+def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
+    grid = trained.grid
+    if grid.replicas == 1:
+        logger.warning(
+            "strategy.name=%s with one replica exchanges with nobody; only its outer optimizer acts",
+            config.name,
+        )
+    is_beside = config.layerwise or config.delay_steps > 0 or config.delay_rounds > 0
+    units = Units(trained.model, trained.unit_names)
+    outer = trained.outer or FixedGroup(grid.outer)
+    strategy = LocalUpdates(
+        units,
+        trained.optimizer,
+        inner=grid.inner,
+        outer=outer,
+        parts=local_parts(config),
+        manner=Manner(
+            warmup_steps=config.warmup_steps,
+            clip_norm=config.clip_norm,
+            inner_state=config.inner_state,
+            fragments=config.fragments,
+            delay_steps=config.delay_steps,
+            delay_rounds=config.delay_rounds,
+            mix=config.mix,
+            layerwise=config.layerwise,
+            offload=config.offload,
+        ),
+        lane=Lane(beside=is_beside and outer.runs_beside, device=units.device),
+    )
+    if config.layerwise:
+        watch_units(bare(trained.model), trained.unit_names, strategy)
+    return strategy
+
+
+def local_parts(config: LocalUpdateConfig) -> Parts:
+    """Return the parts that a local-update strategy is composed of."""
+    trigger: Trigger
+    if config.every_steps is not None:
+        trigger = EverySteps(config.every_steps, fragments=config.fragments)
+    else:
+        assert config.every_s is not None, "the config has one of them"
+        trigger = EverySeconds(config.every_s, min_steps=config.min_steps)
+    aggregation: Aggregation = Mean()
+    if config.aggregate == "softmax_norm":
+        aggregation = SoftmaxNorm(config.temperature, relative=config.relative_temperature)
+    if config.step_share:
+        aggregation = StepWeighted(config.step_share, aggregation)
+    if config.aggregate == "anchored":
+        aggregation = Anchored(config.anchors, aggregation)
+    outer: OuterOptimizer
+    if isinstance(config.outer, OuterSGDConfig):
+        outer = OuterSGD(config.outer.lr, momentum=config.outer.momentum, nesterov=config.outer.nesterov)
+    else:
+        further = read_arguments(config.outer.arguments, setting="strategy.outer.arguments")
+        outer = TorchOuter.named(config.outer.name, lr=config.outer.lr, **further)
+    return Parts(
+        trigger=trigger,
+        aggregation=aggregation,
+        anomaly=partial(_guard, config.anomaly),
+        compression=_compression(config.compression),
+        outer_optimizer=outer,
+    )
+
+
+def _guard(config: AnomalyConfig, num_units: int) -> AnomalyGuard:
+    if config.name == "finite":
+        return Finite()
+    return ZTest(
+        delta=config.delta,
+        alpha=config.alpha,
+        warmup_rounds=config.warmup_rounds,
+        relative_floor=config.relative_floor,
+        num_units=num_units,
+    )
+
+
+def _compression(config: CompressionConfig) -> Compression:
+    if config.name == "int8":
+        return Int8(block=config.block)
+    if config.name == "topk":
+        return TopK(density=config.density, decay=config.decay)
+    return BF16() if config.name == "bf16" else Full()
+
+
+STRATEGIES: dict[str, Callable[[Any, Trained], Strategy]] = {
+    "synchronous": _build_synchronous
+} | dict.fromkeys(
+    ("edit", "a_edit", "local_sgd", "post_local_sgd", "diloco", "streaming_diloco", "delayed"), _build_local
+)
+"""What `strategy.name` may be. A new strategy is its file, its config class and its line here."""
+
+
+def build_strategy(config: StrategyConfig, trained: Trained) -> Strategy:
+    """Return the strategy that `config` describes."""
+    return STRATEGIES[config.name](config, trained)

@@ -1,0 +1,75 @@
+"""From settings to a strategy and its parts."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from hardy.config import ConfigError, from_dict
+from hardy.distributed.aggregation import Anchored, Mean, SoftmaxNorm, StepWeighted
+from hardy.distributed.anomaly import Finite, ZTest
+from hardy.distributed.build import STRATEGIES, Trained, build_strategy, local_parts
+from hardy.distributed.comm import Alone
+from hardy.distributed.compression import BF16, Full, Int8, TopK
+from hardy.distributed.config import AEDiTConfig, DiLoCoConfig, EDiTConfig, LocalSGDConfig, OuterTorchConfig
+from hardy.distributed.groups import split
+from hardy.distributed.local_updates import LocalUpdates
+from hardy.distributed.outer import OuterSGD, TorchOuter
+from hardy.distributed.strategy import Synchronous
+from hardy.distributed.triggers import EverySeconds, EverySteps
+from hardy.train.config import TrainConfig
+
+
+def configured(**settings):
+    return from_dict(TrainConfig, {"strategy": settings}).strategy
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_name_in_the_table_is_a_setting_and_builds(name):
+    config = configured(name=name)
+    model = nn.Sequential(nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grid = split(Alone(), replicas=1, shards=1)
+    trained = Trained(model=model, optimizer=optimizer, unit_names=["0"], comm=Alone(), grid=grid)
+    kind = Synchronous if name == "synchronous" else LocalUpdates
+    assert type(build_strategy(config, trained)) is kind
+
+
+def test_parts_follow_the_settings():
+    edit = local_parts(EDiTConfig())
+    assert isinstance(edit.trigger, EverySteps) and isinstance(edit.aggregation, SoftmaxNorm)
+    assert isinstance(edit.anomaly(3), ZTest) and isinstance(edit.compression, Full)
+    outer = edit.outer_optimizer
+    assert isinstance(outer, OuterSGD) and (outer.lr, outer.momentum, outer.nesterov) == (0.8, 0.85, True)
+    assert isinstance(local_parts(AEDiTConfig()).trigger, EverySeconds)
+    local = local_parts(LocalSGDConfig())
+    assert isinstance(local.aggregation, Mean) and isinstance(local.anomaly(2), Finite)
+    assert isinstance(local_parts(LocalSGDConfig(step_share=0.5)).aggregation, StepWeighted)
+    assert isinstance(local_parts(LocalSGDConfig(aggregate="anchored")).aggregation, Anchored)
+    for name, kind in {"bf16": BF16, "int8": Int8, "topk": TopK}.items():
+        assert isinstance(
+            local_parts(configured(name="diloco", compression={"name": name})).compression, kind
+        )
+
+
+def test_any_optimizer_of_torch_may_move_the_anchor():
+    config = OuterTorchConfig(name="torch.optim.Adam", lr=0.1, arguments=("betas=(0.5, 0.9)",))
+    outer = local_parts(DiLoCoConfig(outer=config)).outer_optimizer
+    assert isinstance(outer, TorchOuter)
+    with pytest.raises(ConfigError, match="strategy.outer.arguments must be name=value pairs, got 'betas'"):
+        local_parts(DiLoCoConfig(outer=OuterTorchConfig(name="torch.optim.Adam", arguments=("betas",))))
+
+
+def test_one_replica_is_told_that_it_exchanges_with_nobody(caplog):
+    model = nn.Sequential(nn.Linear(2, 2))
+    trained = Trained(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        unit_names=["0"],
+        comm=Alone(),
+        grid=split(Alone(), replicas=1, shards=1),
+    )
+    with caplog.at_level(logging.WARNING):
+        build_strategy(DiLoCoConfig(), trained)
+    assert "strategy.name=diloco with one replica exchanges with nobody" in caplog.text

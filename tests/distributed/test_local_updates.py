@@ -1,0 +1,666 @@
+"""The laws of local-update training, on simulated workers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from hardy.config import ConfigError
+from hardy.distributed.build import Trained, build_strategy
+from hardy.distributed.config import (
+    AEDiTConfig,
+    AnomalyConfig,
+    ClusterConfig,
+    CompressionConfig,
+    DelayedConfig,
+    DiLoCoConfig,
+    EDiTConfig,
+    LocalSGDConfig,
+    MeshConfig,
+    OuterSGDConfig,
+    OuterTorchConfig,
+    PostLocalSGDConfig,
+    StreamingDiLoCoConfig,
+    SynchronousConfig,
+)
+from hardy.distributed.groups import SimGroup, split
+from hardy.distributed.simulation import SimWorld
+
+UNITS = ["1", "2", "3"]
+PLAIN = OuterSGDConfig(lr=1.0)
+NESTEROV = OuterSGDConfig(lr=0.7, momentum=0.9, nesterov=True)
+
+
+def model_of(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    layers = [nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 3)]
+    for layer in layers:
+        for param in layer.parameters():
+            param.data = torch.randn(param.shape, generator=generator) * 0.3
+    return nn.Sequential(*layers)
+
+
+def batch_of(replica, step):
+    generator = torch.Generator().manual_seed(1000 * replica + step)
+    return torch.randn(4, 5, generator=generator), torch.randn(4, 3, generator=generator)
+
+
+class Run:
+    """One replica's training, step by step."""
+
+    def __init__(self, comm, config, *, inner=None, seed=0, outer=None):
+        self.comm, self.model = comm, model_of(seed)
+        self.optimizer = (inner or (lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01)))(
+            self.model.parameters()
+        )
+        self.grid = split(comm, replicas=comm.size, shards=1)
+        trained = Trained(
+            model=self.model,
+            optimizer=self.optimizer,
+            unit_names=UNITS,
+            comm=comm,
+            grid=self.grid,
+            outer=outer,
+        )
+        self.strategy = build_strategy(config, trained)
+        self.steps = 0
+
+    def step(self, *, after_gradients=lambda run: None, work_s=0.0):
+        inputs, wanted = batch_of(self.comm.rank, self.steps)
+        self.strategy.before_forward()
+        self.optimizer.zero_grad()
+        loss = (self.model(inputs) - wanted).square().mean()
+        loss.backward()
+        after_gradients(self)
+        self.strategy.reduce_gradients()
+        self.optimizer.step()
+        if work_s:
+            self.comm.spend(work_s)
+        self.strategy.after_step()
+        self.steps += 1
+        return self.strategy.take_report()
+
+    def weights(self):
+        return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()]).clone()
+
+    def anchor(self):
+        return torch.cat(self.strategy.anchors)
+
+    def state(self):
+        state = self.strategy.state_dict()
+        return {
+            "strategy": {k: v.clone() if torch.is_tensor(v) else v for k, v in state.items()},
+            "model": {k: v.clone() for k, v in self.model.state_dict().items()},
+            "optimizer": _deep(self.optimizer.state_dict()),
+            "steps": self.steps,
+        }
+
+    def load(self, state):
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(_deep(state["optimizer"]))
+        plain = {k: v for k, v in state["strategy"].items() if not torch.is_tensor(v)}
+        self.strategy.expect(plain)
+        room = self.strategy.state_dict()
+        filled = {k: v for k, v in state["strategy"].items() if torch.is_tensor(v)}
+        assert {k for k, v in room.items() if torch.is_tensor(v)} == filled.keys()
+        self.strategy.load_state_dict(plain | filled)
+        self.steps = state["steps"]
+
+
+def _deep(value):
+    if isinstance(value, dict):
+        return {k: _deep(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_deep(v) for v in value]
+    return value.clone() if torch.is_tensor(value) else value
+
+
+def train(config, steps, *, replicas=2, inner=None, **hooks):
+    """Return each replica's weights after each step, [replicas][steps]."""
+
+    def body(comm):
+        run = Run(comm, config, inner=inner)
+        history = []
+        for _ in range(steps):
+            run.step(**hooks)
+            history.append(run.weights())
+        return history
+
+    return SimWorld(replicas).run(body)
+
+
+def local(every=4, *, kind=LocalSGDConfig, **settings):
+    return kind(every_steps=every, **settings)
+
+
+# ---- What it collapses to ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [LocalSGDConfig, DiLoCoConfig, EDiTConfig])
+def test_a_plain_round_after_each_step_is_synchronous_training(kind):
+    settings = {"outer": PLAIN, "clip_norm": None, "warmup_steps": 0, "aggregate": "mean"}
+    ours = train(local(1, kind=kind, anomaly=AnomalyConfig(), **settings), 20, replicas=3)
+    right = train(SynchronousConfig(), 20, replicas=3)
+    for replica in range(3):
+        for mine, other in zip(ours[replica], right[0], strict=True):
+            assert (mine - other).abs().max() < 2e-6
+
+
+def test_outer_sgd_without_momentum_averages_weights():
+    history = train(local(3), 3, replicas=3)
+    apart = train(local(4), 3, replicas=3)  # no round yet
+    mean = torch.stack([run[2] for run in apart]).mean(0)
+    for replica in range(3):
+        assert torch.allclose(history[replica][2], mean, atol=1e-6)
+    assert not torch.allclose(apart[0][2], apart[1][2], atol=1e-3)
+
+
+def test_the_warm_up_is_synchronous_and_the_first_round_comes_a_full_interval_later():
+    history = train(PostLocalSGDConfig(warmup_steps=5, every_steps=4), 10, replicas=2)
+    right = train(SynchronousConfig(), 5, replicas=2)
+    for step in range(5):
+        assert torch.equal(history[0][step], history[1][step])
+        assert torch.allclose(history[0][step], right[0][step], atol=1e-6)
+    equal = [torch.equal(history[0][step], history[1][step]) for step in range(5, 10)]
+    assert equal == [False, False, False, True, False]
+
+
+# ---- Replicas after a round --------------------------------------------------------------------------------
+
+FAMILY = {
+    "local_sgd": local(4),
+    "edit": local(4, kind=EDiTConfig, warmup_steps=2),
+    "diloco": local(4, kind=DiLoCoConfig),
+    "streaming": local(4, kind=StreamingDiLoCoConfig, fragments=2, delay_steps=1, mix=0.0),
+    "streaming-mix": local(4, kind=StreamingDiLoCoConfig, fragments=2, delay_steps=1, mix=0.3),
+    "delayed": local(4, kind=DelayedConfig),
+    "adam": local(4, outer=OuterTorchConfig(name="torch.optim.Adam", lr=0.01)),
+    "int8": local(4, compression=CompressionConfig(name="int8", block=8)),
+    "bf16": local(4, compression=CompressionConfig(name="bf16")),
+    "topk": local(4, compression=CompressionConfig(name="topk", density=0.2)),
+    "anchored": local(4, aggregate="anchored"),
+    "layerwise": local(4, kind=EDiTConfig, warmup_steps=2, layerwise=True),
+    "offload": local(4, kind=DiLoCoConfig, offload=True),
+    "averaged": local(4, inner_state="average"),
+    "reset": local(4, inner_state="reset"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_anchors_are_the_same_bits_on_all_replicas_at_all_times(name):
+    def body(comm):
+        run = Run(comm, FAMILY[name])
+        anchors = []
+        for _ in range(14):
+            run.step()
+            anchors.append(run.anchor() if run.strategy.anchors else None)
+        run.strategy.finish()
+        return anchors, run.weights(), run.anchor(), run.strategy.round
+
+    results = SimWorld(3).run(body)
+    for others, weights, anchor, rounds in results[1:]:
+        for mine, other in zip(results[0][0], others, strict=True):
+            assert (mine is None) == (other is None) and (mine is None or torch.equal(mine, other))
+        assert torch.equal(anchor, results[0][2])
+        if name != "streaming-mix":
+            assert torch.equal(weights, results[0][1])
+        assert rounds == results[0][3] >= 3
+
+
+def test_all_replicas_have_the_anchor_right_after_a_round():
+    def body(comm):
+        run = Run(comm, local(4, kind=DiLoCoConfig))
+        for step in range(1, 9):
+            run.step()
+            assert torch.equal(run.strategy.units.read(0), run.strategy.anchors[0]) == (step % 4 == 0)
+
+    SimWorld(2).run(body)
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": 0.05}, {"outer": NESTEROV}], ids=str)
+def test_layer_wise_rounds_are_those_after_the_step_bit_for_bit(settings):
+    def body(comm, layerwise):
+        run = Run(comm, local(4, kind=EDiTConfig, warmup_steps=3, layerwise=layerwise, **settings))
+        losses = []
+        for step in range(25):
+            if step % 5 == 2:  # an evaluation between
+                run.model.eval()
+                with torch.no_grad(), run.strategy.evaluation_parameters():
+                    losses.append(run.model(torch.ones(1, 5)).sum().item())
+                run.model.train()
+            run.step()
+        run.strategy.finish()
+        return losses, run.weights(), run.anchor(), run.strategy.round
+
+    after, within = (SimWorld(2).run(lambda comm, flag=flag: body(comm, flag)) for flag in (False, True))
+    for one, other in zip(after, within, strict=True):
+        assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+        assert one[3] == other[3] == 6
+    # A round within the forward pass comes after an evaluation that follows its step: only these may differ.
+    assert after[0][0][0] == within[0][0][0]
+
+
+def test_a_block_that_runs_twice_or_not_at_all_meets_once():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = model_of()
+            self.skips = False
+
+        def forward(self, x):
+            for index, layer in enumerate(self.body):
+                if index == 2 and self.skips:
+                    continue
+                x = layer(x)
+                if index == 1:
+                    x = layer(x)
+            return x
+
+    def body(comm, layerwise):
+        model = Odd()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        grid = split(comm, replicas=2, shards=1)
+        names = [f"body.{name}" for name in UNITS]
+        trained = Trained(model=model, optimizer=optimizer, unit_names=names, comm=comm, grid=grid)
+        strategy = build_strategy(local(3, kind=DiLoCoConfig, layerwise=layerwise), trained)
+        for step in range(8):
+            strategy.before_forward()
+            optimizer.zero_grad()
+            model.skips = step % 3 == 0
+            for micro in range(2):
+                inputs, wanted = batch_of(comm.rank, 2 * step + micro)
+                (model(inputs) - wanted).square().mean().backward()
+            strategy.reduce_gradients()
+            optimizer.step()
+            strategy.after_step()
+        strategy.finish()
+        return torch.cat(strategy.anchors), strategy.round
+
+    after, within = (SimWorld(2).run(lambda comm, flag=flag: body(comm, flag)) for flag in (False, True))
+    assert torch.equal(after[0][0], within[0][0]) and torch.equal(within[0][0], within[1][0])
+    assert after[0][1] == within[0][1] == 3
+
+
+# ---- Replicas that are not well ----------------------------------------------------------------------------
+
+
+def spoil(kind, *, replica=1, at=2):
+    def change(run):
+        if run.comm.rank == replica and run.steps == at:
+            for param in run.model.parameters():
+                if kind == "far":
+                    param.data.add_(100.0)
+                else:
+                    param.grad.fill_(kind)
+
+    return change
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("config", [local(4, kind=EDiTConfig, warmup_steps=0), local(4, kind=DiLoCoConfig)])
+def test_a_replica_that_is_not_finite_is_left_out_once_and_repaired(kind, config):
+    def body(comm, spoils):
+        run = Run(comm, config, inner=lambda p: torch.optim.AdamW(p, lr=0.01))
+        reports = []
+        for _ in range(12):
+            report = run.step(after_gradients=spoil(kind) if spoils else lambda run: None)
+            reports += [report] if report else []
+        return run.anchor(), reports, run.strategy.repairs
+
+    results = SimWorld(3).run(lambda comm: body(comm, spoils=True))
+    for anchor, reports, _ in results:
+        assert torch.equal(anchor, results[0][0]) and anchor.isfinite().all()
+        assert [report["flagged_replicas"] for report in reports] == [[1], [], []]
+        assert reports[0]["nonfinite_units"] == 4
+    assert [result[2] for result in results] == [0, 1, 0]
+    assert results[1][1][0]["weight"] == 0 and results[1][1][1]["weight"] > 0
+
+
+def test_without_the_spoiled_replica_the_others_go_on_as_two():
+    settings = {"kind": LocalSGDConfig, "anomaly": AnomalyConfig()}
+
+    def two(comm):
+        run = Run(comm, local(4, **settings))
+        for _ in range(4):
+            run.step()
+        return run.anchor()
+
+    def three(comm):
+        run = Run(comm, local(4, **settings))
+        for _ in range(4):
+            run.step(after_gradients=spoil(math.nan, replica=2, at=1))
+        return run.anchor()
+
+    assert torch.allclose(SimWorld(3).run(three)[0], SimWorld(2).run(two)[0], atol=1e-6)
+
+
+def test_a_replica_far_off_is_left_out_once_norms_are_known():
+    anomaly = AnomalyConfig(name="ztest", warmup_rounds=4, delta=20.0)
+
+    def body(comm):
+        config = local(2, kind=EDiTConfig, warmup_steps=0, anomaly=anomaly, temperature=1e6)
+        run = Run(comm, config, inner=lambda params: torch.optim.SGD(params, lr=0.05))
+        flagged = []
+        for _ in range(24):
+            report = run.step(after_gradients=spoil("far", at=16))
+            flagged += [report["flagged_replicas"]] if report else []
+        return run.anchor(), flagged
+
+    results = SimWorld(3).run(body)
+    assert results[0][1][8] == [1] and results[0][0].abs().max() < 10
+    assert results[0][1][9] == []
+
+
+@pytest.mark.parametrize("kind", [math.nan, math.inf])
+def test_where_all_are_left_out_the_round_is_undone_exactly(kind):
+    def body(comm):
+        run = Run(comm, local(3, kind=DiLoCoConfig), inner=lambda p: torch.optim.AdamW(p, lr=0.01))
+        for _ in range(6):
+            run.step()
+        before = run.anchor().clone(), _deep(run.strategy.parts.outer_optimizer.state_dict())
+        for _ in range(3):
+            run.step(after_gradients=spoil(kind, replica=comm.rank, at=7))
+        after = run.anchor(), run.strategy.parts.outer_optimizer.state_dict()
+        assert torch.equal(before[0], after[0])
+        assert all(torch.equal(before[1][key], after[1][key]) for key in before[1])
+        assert torch.equal(torch.cat([run.strategy.units.read(u) for u in range(4)]), after[0])
+        assert run.strategy.rollbacks == 4 and run.strategy.round == 3
+        for _ in range(3):
+            run.step()
+        return run.anchor()
+
+    anchors = SimWorld(2).run(body)
+    assert torch.equal(*anchors) and anchors[0].isfinite().all()
+
+
+def test_the_move_of_a_round_is_bounded_by_the_clip():
+    phi, momentum, lr = 0.05, 0.6, 0.5
+    outer = OuterSGDConfig(lr=lr, momentum=momentum, nesterov=True)
+    config = local(2, kind=LocalSGDConfig, clip_norm=phi, outer=outer)
+
+    def body(comm):
+        run = Run(comm, config)
+        moves = []
+        for _ in range(20):
+            before = [a.clone() for a in run.strategy.anchors]
+            run.step()
+            if before:
+                pairs = zip(run.strategy.anchors, before, strict=True)
+                moves.append(max((now - was).norm().item() for now, was in pairs))
+        return moves
+
+    moves = SimWorld(2).run(body)[0]
+    assert 0 < max(moves) <= lr * phi / (1 - momentum) + 1e-6
+
+
+def test_replicas_that_begin_apart_are_refused():
+    def body(comm):
+        run = Run(comm, PostLocalSGDConfig(warmup_steps=1, every_steps=2), seed=comm.rank)
+        run.step()
+        with pytest.raises(
+            RuntimeError, match="the replicas' weights differ in the root, 1, 2 before they train"
+        ):
+            run.step()
+
+    SimWorld(2).run(body)
+
+
+def test_one_replica_alone_is_moved_by_its_outer_optimizer():
+    history = train(local(2, outer=OuterSGDConfig(lr=0.5)), 2, replicas=1)
+    apart = train(local(3), 2, replicas=1)
+    start = torch.cat([p.detach().reshape(-1) for p in model_of().parameters()])
+    assert torch.allclose(history[0][1], start + 0.5 * (apart[0][1] - start), atol=1e-6)
+
+
+# ---- Saved and resumed -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("at", [3, 7, 8, 9])
+def test_a_run_resumed_at_any_step_is_the_run_bit_for_bit(name, at):
+    def inner(params):
+        return torch.optim.AdamW(params, lr=0.01)
+
+    def whole(comm):
+        run = Run(comm, FAMILY[name], inner=inner)
+        for _ in range(at):
+            run.step()
+        state = run.state()
+        for _ in range(8):
+            run.step()
+        run.strategy.finish()
+        return state, run.weights(), run.anchor()
+
+    results = SimWorld(2).run(whole)
+
+    def rest(comm):
+        run = Run(comm, FAMILY[name], inner=inner, seed=99)
+        run.load(results[comm.rank][0])
+        for _ in range(8):
+            run.step()
+        run.strategy.finish()
+        return run.weights(), run.anchor()
+
+    for (_, weights, anchor), (again, anchor_again) in zip(results, SimWorld(2).run(rest), strict=True):
+        assert torch.equal(weights, again) and torch.equal(anchor, anchor_again)
+
+
+def test_more_replicas_begin_at_the_anchor_of_those_that_were():
+    config = local(4, kind=DiLoCoConfig)
+
+    def first(comm):
+        run = Run(comm, config)
+        for _ in range(6):
+            run.step()
+        return run.state(), run.anchor()
+
+    state, anchor = SimWorld(2).run(first)[0]
+
+    def more(comm):
+        run = Run(comm, config)
+        run.load(state)
+        assert torch.equal(run.anchor(), anchor)
+        assert torch.equal(torch.cat([run.strategy.units.read(u) for u in range(4)]), anchor)
+        assert run.strategy.round == 1 and run.strategy.parts.outer_optimizer.buffers(0)["momentum"].any()
+        for _ in range(4):
+            run.step()
+        return run.anchor()
+
+    anchors = SimWorld(3).run(more)
+    assert torch.equal(anchors[0], anchors[2]) and not torch.equal(anchors[0], anchor)
+
+
+# ---- By time -----------------------------------------------------------------------------------------------
+
+
+def timed(config, *, factors, steps=None, until_s=None):
+    def body(comm):
+        run = Run(comm, config)
+        while (run.steps < steps) if steps else (comm.clock.now() < until_s):
+            run.step(work_s=0.01)
+        return run.steps, run.strategy.round, run.anchor(), run.strategy.total_steps
+
+    world = SimWorld(len(factors), cluster=ClusterConfig(slow_factors=factors))
+    return world.run(body)
+
+
+def test_by_time_a_slow_replica_does_fewer_steps_and_holds_nobody_up():
+    config = AEDiTConfig(warmup_steps=0, every_s=0.25, min_steps=1)
+    results = timed(config, factors=(1, 1, 1, 3), until_s=3.0)
+    steps = [result[0] for result in results]
+    assert steps[3] < 0.4 * steps[0] and min(steps[:3]) > 0.9 * 300
+    assert len({result[1] for result in results}) == 1 and results[0][1] >= 10
+    assert all(torch.equal(result[2], results[0][2]) for result in results)
+
+
+def test_a_round_with_too_few_steps_is_put_off():
+    config = AEDiTConfig(warmup_steps=0, every_s=0.1, min_steps=10**6)
+    results = timed(config, factors=(1, 1), until_s=1.0)
+    assert results[0][1] == 0 and results[0][3] == 0
+
+
+def test_with_rounds_by_time_the_run_stands_at_the_mean_of_steps():
+    def body(comm):
+        run = Run(comm, AEDiTConfig(warmup_steps=2, every_s=0.25, min_steps=1))
+        seen = []
+        while comm.clock.now() < 2.0:
+            run.step(work_s=0.01)
+            if run.strategy.is_together and run.strategy.anchors:
+                seen.append((run.strategy.standing(0), run.strategy.total_steps, run.strategy.round))
+        return seen
+
+    seen = SimWorld(2, cluster=ClusterConfig(slow_factors=(1, 2))).run(body)
+    assert len(seen[0]) >= 5
+    for mine, other in zip(*seen, strict=True):
+        assert mine[1:] == other[1:]
+        assert mine[0] == 2 + mine[1] // 2
+
+
+# ---- Wishes ------------------------------------------------------------------------------------------------
+
+
+def test_a_wish_to_stop_reaches_all_replicas_in_the_next_round():
+    def body(comm):
+        run = Run(comm, local(4, kind=DiLoCoConfig))
+        told = []
+        for step in range(8):
+            run.step()
+            told.append(run.strategy.agreed_stop(votes=int(step == 1 and comm.rank == 1)))
+        return told
+
+    assert SimWorld(2).run(body) == [[False] * 3 + [True] + [False] * 3 + [True]] * 2
+
+
+def test_what_a_round_says_of_itself():
+    def body(comm):
+        run = Run(comm, local(4, kind=EDiTConfig, warmup_steps=0))
+        reports = [run.step() for _ in range(4)]
+        assert [bool(report) for report in reports] == [False, False, False, True]
+        return reports[-1]
+
+    report = SimWorld(2).run(body)[0]
+    assert report["round"] == 1 and report["replicas"] == 2 and report["replica_steps"] == [4, 4]
+    assert -1 <= report["drift_cosine"] <= 1 and 1 <= report["effective_replicas"] <= 2
+    assert report["bytes_sent"] > 0 and report["flagged_replicas"] == []
+
+
+def test_gradients_of_the_warm_up_are_averaged_also_where_a_replica_has_none():
+    def body(comm):
+        run = Run(comm, replace(local(4), warmup_steps=3))
+
+        def drop(run):
+            if comm.rank == 1:
+                for param in run.model[2].parameters():
+                    param.grad = None
+
+        run.step(after_gradients=drop)
+        return run.weights()
+
+    weights = SimWorld(2).run(body)
+    assert torch.equal(*weights)
+
+
+def test_units_say_what_they_cannot_exchange():
+    config = local(4)
+    model = model_of()
+    assert MeshConfig().sizes(2) == (2, 1)
+
+    def body(comm):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        grid = split(comm, replicas=1, shards=1)
+        trained = Trained(model=model, optimizer=optimizer, unit_names=["nowhere"], comm=comm, grid=grid)
+        return build_strategy(config, trained).units.sizes
+
+    (sizes,) = SimWorld(1).run(body)
+    assert sizes == (
+        sum(p.numel() for p in model.parameters()),
+        0,
+    )  # an empty unit is exchanged like any other
+
+
+# ---- Replicas that die and come ----------------------------------------------------------------------------
+
+
+def elastic(config, *, founders, num_workers, steps, births=None, deaths=None):
+    """Return (anchor after each round, steps, members) of each replica; None of those that died."""
+
+    def body(comm):
+        run = Run(comm, config, outer=SimGroup(comm, founders=founders))
+        anchors = {}
+        while run.strategy.step < steps:
+            run.step(work_s=0.01)
+            if run.strategy.round and run.strategy.is_together:
+                anchors[run.strategy.round] = run.anchor()
+        run.strategy.finish()
+        return anchors, run.steps, run.strategy.outer.members
+
+    cluster = ClusterConfig(bandwidth_bytes_per_s=1e6)
+    world = SimWorld(num_workers, births=births or {}, deaths=deaths or {}, detect_s=0.05, cluster=cluster)
+    return world.run(body)
+
+
+ELASTIC = [
+    local(4, kind=DiLoCoConfig, elastic=True),
+    local(4, kind=EDiTConfig, elastic=True, warmup_steps=0),
+    local(4, kind=LocalSGDConfig, elastic=True, compression=CompressionConfig(name="topk", density=0.3)),
+]
+
+
+@pytest.mark.parametrize("config", ELASTIC)
+@pytest.mark.parametrize("death_s", [0.02, 0.0405, 0.041, 0.0415, 0.043, 0.06])
+def test_a_replica_that_dies_costs_its_part_of_one_round_and_nobody_waits(config, death_s):
+    results = elastic(config, founders=3, num_workers=3, steps=16, deaths={1: death_s})
+    assert results[1] is None
+    first, other = results[0], results[2]
+    assert first[1] == other[1] == 16 and first[2] == other[2] == (0, 2)
+    assert sorted(first[0]) == sorted(other[0]) == [1, 2, 3, 4]
+    assert all(torch.equal(first[0][number], other[0][number]) for number in first[0])
+    assert first[0][4].isfinite().all() and not torch.equal(first[0][4], first[0][1])
+
+
+def test_the_round_of_a_death_is_that_of_the_living():
+    config = local(4, elastic=True)
+    together = elastic(config, founders=3, num_workers=3, steps=4, deaths={2: 0.005})
+    alone = elastic(config, founders=2, num_workers=2, steps=4)
+    assert torch.equal(together[0][0][1], alone[0][0][1])
+
+
+@pytest.mark.parametrize("config", ELASTIC)
+def test_one_who_comes_takes_the_anchor_over_and_contributes_from_the_next_round(config):
+    results = elastic(config, founders=2, num_workers=3, steps=40, births={2: 0.06})
+    assert all(result[2] == (0, 1, 2) for result in results)
+    came = results[2][0]
+    assert 0 < results[2][1] < 40 and min(came) > 1
+    for number, anchor in came.items():
+        assert torch.equal(anchor, results[0][0][number]) and torch.equal(anchor, results[1][0][number])
+
+
+def test_replicas_die_and_come_again_and_again():
+    config = local(3, kind=DiLoCoConfig, elastic=True)
+    results = elastic(
+        config,
+        founders=4,
+        num_workers=7,
+        steps=60,
+        deaths={0: 0.1, 2: 0.25, 5: 0.45},
+        births={4: 0.15, 5: 0.3, 6: 0.5},
+    )
+    left = [result for result in results if result is not None]
+    assert len(left) == 4 and all(result[2] == left[0][2] == (1, 3, 4, 6) for result in left)
+    last = max(left[0][0])
+    assert last >= 15 and all(torch.equal(result[0][last], left[0][0][last]) for result in left)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"layerwise": True}, "strategy.elastic=true needs strategy.layerwise=false"),
+        ({"warmup_steps": 5}, "from the first step on, but warmup_steps=5; set"),
+        ({"delay_rounds": 1}, "but delay_rounds=1; set strategy.warmup_steps and the delays to 0"),
+    ],
+)
+def test_what_replicas_that_come_and_go_cannot_do(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        local(4, elastic=True, **settings)

@@ -1,0 +1,154 @@
+"""Whole runs whose replicas train alone: stopped, resumed between rounds, on other numbers of replicas."""
+
+import math
+import shutil
+
+import pytest
+
+from hardy.config import from_dict, override, to_dict
+from hardy.distributed.comm import leave_world
+from hardy.train.config import TrainConfig
+from hardy.train.metrics import read_metrics
+from hardy.train.plan import World
+from hardy.train.run import Surroundings, resume, start
+
+pytestmark = pytest.mark.mp
+
+
+@pytest.fixture
+def config(tmp_path):
+    for i in range(30):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        words = [f"w{(i * 7 + j * (1 + i % 3)) % 23}" for j in range(80 + i)]
+        (tmp_path / "text" / f"{i:02d}.txt").write_text(" ".join(words))
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    changes = {
+        "model": {"name": "1m", "shape": shape | {"head_size": 12}},
+        "data": {"source": f"files:{tmp_path / 'text'}", "pack_tokens": 24, "validation_fraction": 0.2},
+        "optim": {"lr": 0.01, "schedule": {"warmup_steps": 3}},
+        "train": {
+            "steps": 16,
+            "batch_packs": 8,
+            "micro_packs": 1,
+            "evaluate_every_steps": 6,
+            "device": "cpu",
+        },
+        "checkpoint": {"every_steps": 5, "keep_last": 9},
+    }
+    return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
+
+
+def with_strategy(config, **settings):
+    return from_dict(TrainConfig, to_dict(config) | {"strategy": settings})
+
+
+def lines(run_dir, *, after=0):
+    """What a run wrote, without what depends on the clock."""
+    kept = ("step", "loss", "grad_norm", "validation_loss", "round", "drift_cosine", "outer_grad_norm")
+    return [
+        {key: line[key] for key in kept if key in line}
+        for line in read_metrics(run_dir / "metrics.jsonl")
+        if line["step"] > after
+    ]
+
+
+def as_workers(run_workers, tmp_path, name, *, size, work):
+    def body(comm):
+        leave_world()
+        world = World(rank=comm.rank, size=size, address=f"file://{tmp_path}/meeting-{name}")
+        return work(Surroundings(cache_dir=tmp_path / "cache", world=world), comm.rank)
+
+    return run_workers(body, size=size)
+
+
+EDIT = {"name": "edit", "every_steps": 4, "warmup_steps": 2}
+STREAMING = {"name": "streaming_diloco", "every_steps": 4, "fragments": 2, "delay_steps": 1}
+
+
+def test_a_plain_round_after_each_step_is_synchronous_training(run_workers, config, tmp_path):
+    # Without clipping, which knows one replica's gradient only.
+    config = from_dict(
+        TrainConfig, to_dict(config) | {"optim": {"name": "sgd", "lr": 0.1, "clip_norm": None}}
+    )
+    local = with_strategy(config, name="local_sgd", every_steps=1)
+    for name, made in (("plain", config), ("local", local)):
+        as_workers(
+            run_workers,
+            tmp_path,
+            name,
+            size=2,
+            work=lambda around, rank, name=name, made=made: start(made, tmp_path / name, around).steps,
+        )
+    both = [
+        [x["validation_loss"] for x in lines(tmp_path / n) if "validation_loss" in x]
+        for n in ("plain", "local")
+    ]
+    assert len(both[0]) == 3 and both[1] == pytest.approx(both[0], abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy", [EDIT, STREAMING, EDIT | {"layerwise": True}], ids=["edit", "streaming", "layers"]
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_run_cut_off_between_rounds_goes_on_bit_for_bit(run_workers, config, tmp_path, strategy, shards):
+    made = with_strategy(config, mesh={"replicas": 2, "shards": shards}, **strategy)
+    size, whole, cut = 2 * shards, tmp_path / "whole", tmp_path / "cut"
+    as_workers(run_workers, tmp_path, "a", size=size, work=lambda around, _: start(made, whole, around).steps)
+    shutil.copytree(whole, cut)
+    for folder in ("checkpoints", "checkpoints-replica-1"):
+        saved = sorted((cut / folder).glob("step-*"))
+        assert [int(path.name.removeprefix("step-")) for path in saved] == [5, 10, 15, 16]
+        for path in saved[1 if folder == "checkpoints" else 2 :]:  # replicas are cut off at different moments
+            shutil.rmtree(path)
+    as_workers(run_workers, tmp_path, "b", size=size, work=lambda around, _: resume(cut, around).steps)
+    assert lines(cut) == lines(whole) and len(lines(whole)) == 16
+    assert sum("round" in line for line in lines(whole)) >= 3
+
+
+def test_a_wish_to_stop_is_agreed_in_a_round_and_saved_there(run_workers, config, tmp_path):
+    made, whole, cut = with_strategy(config, **EDIT), tmp_path / "whole", tmp_path / "cut"
+
+    class Stop:
+        left = 4
+
+        def __call__(self):
+            self.left -= 1
+            return 15 if self.left <= 0 else None
+
+    as_workers(run_workers, tmp_path, "a", size=2, work=lambda around, _: start(made, whole, around).steps)
+
+    def stopped(around, rank):
+        stop = Stop() if rank == 1 else (lambda: None)
+        around = Surroundings(cache_dir=around.cache_dir, world=around.world, stop_signal=stop)
+        return start(made, cut, around).steps
+
+    # Replica 1 is told in its fourth step; the round after step 2 + 4 spreads the word.
+    assert as_workers(run_workers, tmp_path, "b", size=2, work=stopped) == [6, 6]
+    as_workers(run_workers, tmp_path, "c", size=2, work=lambda around, _: resume(cut, around).steps)
+    assert lines(cut) == lines(whole)
+
+
+def test_a_run_goes_on_in_other_layouts(run_workers, config, tmp_path):
+    made = with_strategy(config, mesh={"replicas": 2, "shards": 2}, **EDIT)
+    first = tmp_path / "first"
+    as_workers(run_workers, tmp_path, "a", size=4, work=lambda around, _: start(made, first, around).steps)
+
+    def longer(replicas, shards):
+        name = f"{replicas}x{shards}"
+        run_dir = shutil.copytree(first, tmp_path / name)
+        mesh = {"strategy.mesh.replicas": replicas, "strategy.mesh.shards": shards}
+        config = from_dict(TrainConfig, override(to_dict(made), {"train.steps": 20} | mesh))
+        steps = as_workers(
+            run_workers,
+            tmp_path,
+            name,
+            size=replicas * shards,
+            work=lambda around, _: resume(run_dir, around, config=config).steps,
+        )
+        assert set(steps) == {20} and math.isfinite(lines(run_dir)[-1]["loss"])
+        return lines(run_dir)[-1]["validation_loss"]
+
+    as_before = longer(2, 2)
+    assert longer(2, 1) == pytest.approx(as_before, abs=1e-3)  # the same replicas, otherwise sharded
+    for replicas, shards in ((1, 4), (4, 1)):
+        assert longer(replicas, shards) == pytest.approx(as_before, abs=0.05)
