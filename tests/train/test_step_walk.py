@@ -34,7 +34,7 @@ from hardy.train import step_walk
 from hardy.train.memory import predict
 from hardy.train.parameter_memory import Choice
 from hardy.train.step import AutocastSetting, Worker, train_step
-from hardy.train.step_memory import KINDS, Sizes, StepPlan
+from hardy.train.step_memory import CUDA_WORKSPACE, KINDS, Sizes, StepPlan
 
 EXACT = 2e-3
 """What 0-d tensors, masks and the order of a few calls come to in models this small."""
@@ -269,7 +269,7 @@ PLANS = st.builds(
 def test_a_step_ends_as_it_began_but_for_gradients(plan):
     ledger = step_walk.walk_step(plan)
     left = {kind: ledger.held[kind] for kind in KINDS if kind not in ("weights", "gradients")}
-    rest = 32 << 20 if plan.device == "cuda" else 0
+    rest = CUDA_WORKSPACE if plan.device == "cuda" else 0
     inputs = 24 * plan.tokens * plan.micro_batches
     assert left == {"copies": 0, "state": 0, "activations": inputs, "loss": 0, "temporaries": rest}
     sizes = Sizes(plan)

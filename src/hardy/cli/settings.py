@@ -135,7 +135,7 @@ def merged(settings: Iterable[Setting]) -> list[Setting]:
     for alike in same.values():
         choice = alike[0].when.partition("=")[0]
         among = [when for when in variants if when.partition("=")[0] == choice]
-        names = [setting.when.partition("=")[2] for setting in alike]
+        names = list(dict.fromkeys(setting.when.partition("=")[2] for setting in alike))
         if choice == alike[0].path:  # the setting that chooses
             if any(setting.path == choice for setting in result):
                 continue
