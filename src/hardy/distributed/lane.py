@@ -3,11 +3,12 @@
 All exchanges of one group go through one lane, so every worker makes them in the same order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 R = TypeVar("R")
 
@@ -26,8 +27,13 @@ class Lane:
         self._device = device
         self._stream = torch.cuda.Stream(device) if beside and device.type == "cuda" else None
 
-    def submit(self, call: Callable[[], R]) -> "Future[R]":
-        """Run `call` in its turn."""
+    def submit(self, call: Callable[[], R], *, uses: Sequence[Tensor] = ()) -> "Future[R]":
+        """Run `call` in its turn.
+
+        Args:
+            call: what to do.
+            uses: tensors of the caller's stream that it reads, so that their memory is not given away before.
+        """
         if self._pool is None:
             done: Future[R] = Future()
             try:
@@ -39,13 +45,19 @@ class Lane:
         if self._stream is not None:
             started = torch.cuda.Event()
             started.record(torch.cuda.current_stream(self._device))
+            for tensor in uses:
+                tensor.record_stream(self._stream)
         return self._pool.submit(self._run, call, started)
 
     def result(self, future: "Future[R]") -> R:
         """Wait for a call and return what it gave, or raise what it raised."""
         value = future.result()
         if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Tensor) and part.is_cuda:
+                    part.record_stream(current)
         return value
 
     def close(self) -> None:
