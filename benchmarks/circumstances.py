@@ -19,7 +19,7 @@ def circumstances():
         [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     dirty = subprocess.run(
-        [*git, "status", "--porcelain", "src"], capture_output=True, text=True, check=False
+        [*git, "status", "--porcelain", "../src"], capture_output=True, text=True, check=False
     ).stdout
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {

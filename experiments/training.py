@@ -80,7 +80,7 @@ def validation_loss(trial: Trial, make: Make) -> float:
     except RunFailedError:
         return math.inf
     plan = assembly.plan
-    return evaluate(assembly.worker, plan.validation, num_packs=plan.validation_packs, micro_packs=8)
+    return evaluate(assembly.worker, plan.validation, num_packs=plan.validation_packs, micro_packs=8).loss
 
 
 _MAKERS: dict[str, Make] = {}

@@ -245,9 +245,17 @@ def test_an_unknown_choice_names_the_nearest():
     assert text == "there is no engine.name 'stem'; did you mean 'steam'? Known: sail, steam"
 
 
-def test_a_choice_without_a_name_is_refused():
-    text = refused(lambda: from_dict(Ship, {"hull": {"length": 1}, "engine": {"power": 1}}))
-    assert text == "engine.name is required, one of steam, sail"
+def test_a_choice_without_a_name_is_the_default_or_refused():
+    assert from_dict(Ship, {"hull": {"length": 1}, "engine": {"power": 1}}).engine == Steam(power=1.0)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Bare(Config):
+        engine: Steam | Sail
+
+    assert (
+        refused(lambda: from_dict(Bare, {"engine": {"power": 1}}))
+        == "engine.name is required, one of steam, sail"
+    )
 
 
 def switched(*arguments):

@@ -107,6 +107,8 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def from_dict(cls: type[ConfigT], data: Mapping[str, Any], *, path: str = "") -> ConfigT:
     """Build `cls` from nested plain values; `path` is where `data` stands in the whole config.
 
+    A table names only what is other than in the default of its setting, also where that default is a choice.
+
     Raises:
         ConfigError: a key is unknown, a required one missing, or a value refused.
     """
@@ -121,7 +123,18 @@ def from_dict(cls: type[ConfigT], data: Mapping[str, Any], *, path: str = "") ->
     for field in dataclasses.fields(cls):
         if field.name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise ConfigError(f"{_join(path, field.name)} is required")
-    return cls(**{key: _convert(value, hints[key], _join(path, key)) for key, value in data.items()})
+    defaults = {field.name: field for field in dataclasses.fields(cls)}
+    values = {key: _over_default(value, defaults[key]) for key, value in data.items()}
+    return cls(**{key: _convert(value, hints[key], _join(path, key)) for key, value in values.items()})
+
+
+def _over_default(value: Any, field: "dataclasses.Field[Any]") -> Any:
+    """Return a table laid over the table that is the default, unless it chooses another variant."""
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    if not _is_table(value) or not isinstance(default, Config):
+        return value
+    name = getattr(default, "name", None)
+    return override(to_dict(default), value) if value.get("name", name) == name else value
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -28,6 +28,14 @@ def test_our_launcher_gives_a_file_to_meet_at():
     assert world(said) == World(rank=1, size=2, local_rank=1, address="file:///tmp/x")
 
 
+def test_replicas_that_come_and_go_are_told_of_a_store_and_how_often_they_were_lost():
+    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "HARDY_STORE": "localhost:5"}
+    assert world(said) == World(rank=1, size=2, local_rank=1, store="localhost:5")
+    assert world(said | {"HARDY_RESTARTS": "3"}).restarts == 3
+    with pytest.raises(UserError, match="HARDY_RESTARTS='x', which is no number"):
+        world(said | {"HARDY_RESTARTS": "x"})
+
+
 def test_torchrun_gives_an_address():
     said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
     assert world(said) == World(rank=3, size=4, local_rank=1, address="env://")

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from hardy.cli import workers
-from hardy.cli.workers import joint_code, run_workers, worker_environment
+from hardy.cli.workers import Crew, joint_code, run_replicas, run_workers, worker_environment
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_one_code_for_all(codes, signal_number, joint):
 
 def test_a_worker_is_told_who_it_is_and_cores_are_shared_out(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    said = worker_environment({"A": "b"}, 1, 4, meeting=tmp_path / "meeting")
+    said = worker_environment({"A": "b"}, 1, 4, {"HARDY_MEETING": f"file://{tmp_path}/meeting"})
     assert said == {
         "A": "b",
         "OMP_NUM_THREADS": "2",
@@ -48,7 +48,7 @@ def test_a_worker_is_told_who_it_is_and_cores_are_shared_out(tmp_path, monkeypat
         "LOCAL_RANK": "1",
         "HARDY_MEETING": f"file://{tmp_path}/meeting",
     }
-    assert worker_environment({"OMP_NUM_THREADS": "5"}, 0, 4, meeting=tmp_path)["OMP_NUM_THREADS"] == "5"
+    assert worker_environment({"OMP_NUM_THREADS": "5"}, 0, 4, {})["OMP_NUM_THREADS"] == "5"
 
 
 @pytest.fixture
@@ -118,3 +118,108 @@ def test_handlers_are_given_back(play):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     play("pass")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+# ---- Replicas that come and go -----------------------------------------------------------------------------
+
+
+class Process:
+    """A replica that ends when it is told to."""
+
+    def __init__(self):
+        self.code, self.heard = None, []
+
+    def poll(self):
+        return self.code
+
+    def send_signal(self, number):
+        self.heard.append(number)
+
+
+class Play:
+    """A crew of such, and what it did."""
+
+    def __init__(self, *, size=3, max_restarts=2):
+        self.began, self.lost = [], []
+        self.crew = Crew(self.begin, self.lost.append, max_restarts=max_restarts)
+        for replica in range(size):
+            self.crew.start(replica)
+
+    def begin(self, replica, restarts):
+        self.began.append((replica, restarts))
+        return Process()
+
+    def end(self, codes, received=()):
+        for replica, code in codes.items():
+            self.crew.running[replica].code = code
+        self.crew.look(received)
+        return self
+
+    def heard(self):
+        return {replica: process.heard for replica, process in self.crew.running.items()}
+
+
+def test_a_lost_replica_is_reported_and_started_again_as_often_as_allowed(capsys):
+    play = Play()
+    for lost in range(3):
+        assert play.began[3:] == [(1, number + 1) for number in range(lost)]
+        play.end({1: -signal.SIGKILL if lost % 2 else 1})
+    assert play.lost == [1, 1, 1] and set(play.crew.running) == {0, 2}
+    said = capsys.readouterr().err
+    assert "replica 1 ended with code 1; started again (1 of 2)" in said
+    assert "replica 1 ended by SIGKILL; started again (2 of 2)" in said
+    assert "not started again (strategy.max_restarts=2); 2 go on" in said
+    assert play.end({0: 0, 2: 0}).crew.joint_code(None) == 0 and play.lost == [1, 1, 1]
+
+
+def test_all_lost_for_good_is_a_failure():
+    assert Play(max_restarts=0).end({0: 1, 1: -9, 2: -11}).crew.joint_code(None) == 1
+
+
+def test_settings_that_cannot_work_end_all_but_not_where_one_has_changed_its_own():
+    play = Play().end({1: 2})
+    assert play.heard() == {0: [signal.SIGTERM], 2: [signal.SIGTERM]} and len(play.began) == 3
+    assert play.end({0: 143, 2: 143}).crew.joint_code(None) == 2
+    play = Play().end({1: -9}).end({1: 2})
+    assert play.heard() == {0: [], 2: []} and len(play.began) == 4
+
+
+def test_at_the_end_nobody_is_started_again_and_who_was_stopped_is_woken():
+    play = Play().end({0: 0})
+    assert play.heard() == {1: [signal.SIGCONT], 2: [signal.SIGCONT]}
+    play.end({1: 1, 2: -9})
+    assert len(play.began) == 3 and not play.crew.running and play.crew.joint_code(None) == 0
+
+
+def test_one_that_hangs_at_the_end_is_killed(monkeypatch):
+    monkeypatch.setattr(workers, "END_S", -1.0)
+    assert Play().end({0: 0}).heard() == {number: [signal.SIGCONT, signal.SIGKILL] for number in (1, 2)}
+
+
+def test_a_signal_is_handed_on_once_and_a_replica_lost_before_does_not_count():
+    play = Play(max_restarts=0).end({0: -9})
+    received = [signal.SIGTERM]
+    play.end({}, received)
+    assert play.end({}, received).heard() == {1: [signal.SIGTERM], 2: [signal.SIGTERM]}
+    play.end({1: 143}, received).end({2: 143}, received)
+    assert play.crew.joint_code(signal.SIGTERM) == 143 and play.lost == [0, 1, 2]
+
+
+@pytest.mark.mp
+def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, monkeypatch):
+    script = tmp_path / "replica.py"
+    script.write_text(
+        "import os, sys\n"
+        "rank, lost = os.environ['RANK'], int(os.environ['HARDY_RESTARTS'])\n"
+        f"open({str(tmp_path)!r} + f'/{{rank}}-{{lost}}', 'w').write(os.environ['HARDY_STORE'])\n"
+        "os.kill(os.getpid(), 9) if rank == '1' and lost < 2 else None\n"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        workers.subprocess, "Popen", lambda command, **rest: real([sys.executable, str(script)], **rest)
+    )
+    monkeypatch.delenv("HARDY_MEETING", raising=False)
+    assert run_replicas(1, ["train", "tiny"], max_restarts=3) == 0
+    assert (tmp_path / "0-0").read_text().startswith("127.0.0.1:")
+    assert run_replicas(2, ["train", "tiny"], max_restarts=0) == 0
+    assert not (tmp_path / "1-1").exists()

@@ -73,3 +73,12 @@ def test_one_replica_is_told_that_it_exchanges_with_nobody(caplog):
     with caplog.at_level(logging.WARNING):
         build_strategy(DiLoCoConfig(), trained)
     assert "strategy.name=diloco with one replica exchanges with nobody" in caplog.text
+
+
+def test_a_setting_within_a_preset_leaves_the_rest_of_the_preset():
+    config = configured(name="edit", anomaly={"warmup_rounds": 5}, outer={"lr": 0.5})
+    assert (config.anomaly.name, config.anomaly.warmup_rounds, config.anomaly.delta) == ("ztest", 5, 3.0)
+    assert (config.outer.lr, config.outer.momentum, config.outer.nesterov) == (0.5, 0.85, True)
+    other = configured(name="edit", anomaly={"name": "finite"}, outer={"name": "torch.optim.Adam", "lr": 0.1})
+    assert other.anomaly.name == "finite" and not hasattr(other.outer, "momentum")
+    assert from_dict(TrainConfig, {"strategy": {"mesh": {"shards": 2}}}).strategy.mesh.shards == 2

@@ -18,9 +18,13 @@ def test_calls_run_in_order_and_give_what_they_give(beside):
     lane.close()
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_what_a_call_raises_is_raised_where_its_result_is_asked_for(beside):
-    lane = Lane(beside=beside, device=CPU)
+def test_what_a_call_raises_at_once_is_raised_at_once():
+    with pytest.raises(ZeroDivisionError):
+        Lane(beside=False, device=CPU).submit(lambda: 1 // 0)
+
+
+def test_what_a_call_raises_beside_is_raised_where_its_result_is_asked_for():
+    lane = Lane(beside=True, device=CPU)
     future = lane.submit(lambda: 1 // 0)
     assert lane.result(lane.submit(lambda: 2)) == 2
     with pytest.raises(ZeroDivisionError):

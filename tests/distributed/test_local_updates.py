@@ -620,6 +620,97 @@ def test_a_replica_that_dies_costs_its_part_of_one_round_and_nobody_waits(config
     assert first[0][4].isfinite().all() and not torch.equal(first[0][4], first[0][1])
 
 
+@pytest.mark.parametrize("death_s", [0.0, 0.0005, 0.001])
+def test_a_founder_may_die_before_the_replicas_have_begun(death_s):
+    results = elastic(local(4, elastic=True), founders=3, num_workers=3, steps=8, deaths={1: death_s})
+    assert results[1] is None
+    assert sorted(results[0][0]) == [1, 2] and results[0][2] == (0, 2)
+    assert torch.equal(results[0][0][2], results[2][0][2])
+
+
+def test_a_round_says_who_took_part_who_came_and_how_often_it_was_begun():
+    config = local(4, elastic=True)
+
+    def body(comm):
+        run = Run(comm, config, outer=SimGroup(comm, founders=3))
+        run.strategy.join()
+        came_at = run.strategy.step, run.strategy.is_together
+        reports = []
+        while run.strategy.step < 40:
+            report = run.step(work_s=0.01)
+            if report:
+                reports.append(report)
+        return came_at, reports, run.strategy.standing(0), run.strategy.total_steps
+
+    cluster = ClusterConfig(bandwidth_bytes_per_s=1e6)
+    results = SimWorld(4, births={3: 0.15}, deaths={1: 0.06}, detect_s=0.05, cluster=cluster).run(body)
+    first, came = results[0], results[3]
+    keys = ("generation", "members", "joined", "redone")
+    told = [tuple(report[key] for key in keys) for report in first[1]]
+    begins = [row for row, before in zip(told, [None, *told], strict=False) if row != before]
+    assert begins[:3] == [
+        (0, [0, 1, 2], [], 0),
+        (1, [0, 2], [], 1),
+        (1, [0, 2], [], 0),
+    ] and begins[3:] == [(2, [0, 2, 3], [3], 0), (2, [0, 2, 3], [], 0)]
+    assert [report["round"] for report in first[1]] == [*range(1, 11)]
+    (step, is_together), later = came[0], came[1]
+    assert step % 4 == 0 and 0 < step < 40 and is_together and first[0][0] == 0
+    assert later[0]["round"] == step // 4 + 1 and later[0]["joined"] == [3]
+    assert {result[2] for result in results if result} == {40}
+    took_part = sum(4 * len(report["members"]) for report in first[1])
+    assert {result[3] for result in results if result} == {took_part}
+
+
+@pytest.mark.parametrize("config", ELASTIC)
+def test_one_who_comes_in_the_middle_of_a_round_gets_its_result_and_nobody_waits(config):
+    """Replica 1 dies in round 2, so the group is made anew there, with replica 3 who has asked meanwhile."""
+
+    def body(comm):
+        run = Run(comm, config, outer=SimGroup(comm, founders=3))
+        run.strategy.join()
+        came_at = run.strategy.step, run.strategy.round, run.anchor() if run.strategy.anchors else None
+        reports, anchors = [], {}
+        while run.strategy.step < 40:
+            report = run.step(work_s=0.01)
+            if report:
+                reports.append(report)
+                anchors[run.strategy.round] = run.anchor()
+        return came_at, reports, anchors, comm.clock.now()
+
+    cluster = ClusterConfig(bandwidth_bytes_per_s=1e6)
+    world = SimWorld(4, births={3: 0.055}, deaths={1: 0.065}, detect_s=0.05, cluster=cluster)
+    first, dead, _, came = world.run(body)
+    assert dead is None and [report["round"] for report in first[1]] == [*range(1, 11)]
+    second = first[1][1]
+    assert second["members"] == [0, 2, 3] and second["joined"] == [3] and second["redone"] == 1
+    assert second["replica_steps"] == [4, 4, 0] and second["flagged_replicas"] == [2]
+    assert all(report["replica_steps"] == [4, 4, 4] for report in first[1][2:])
+    assert came[0][:2] == (8, 2) and torch.equal(came[0][2], first[2][2])
+    for number, anchor in came[2].items():
+        assert torch.equal(anchor, first[2][number])
+    assert [*came[2]] == [*range(3, 11)] and came[3] == pytest.approx(first[3], abs=0.01)
+
+
+def test_with_rounds_by_time_all_stand_at_the_steps_of_the_furthest():
+    config = DiLoCoConfig(every_steps=None, every_s=0.045, min_steps=1, elastic=True)
+
+    def body(comm):
+        run = Run(comm, config, outer=SimGroup(comm, founders=3))
+        standings = []
+        while not run.strategy.is_together or run.strategy.step < 30:
+            run.step(work_s=0.02 if comm.rank == 2 else 0.01)
+            standings.append((run.strategy.standing(0), run.strategy.round, run.strategy.is_together))
+        return standings
+
+    results = SimWorld(3, deaths={1: 0.13}, detect_s=0.05).run(body)
+    at_round = [{number: step for step, number, met in result if met} for result in (results[0], results[2])]
+    assert at_round[0] == at_round[1] and max(at_round[0].values()) >= 30
+    for result in (results[0], results[2]):
+        steps = [step for step, _, _ in result]
+        assert steps == sorted(steps)
+
+
 def test_the_round_of_a_death_is_that_of_the_living():
     config = local(4, elastic=True)
     together = elastic(config, founders=3, num_workers=3, steps=4, deaths={2: 0.005})
@@ -659,6 +750,9 @@ def test_replicas_die_and_come_again_and_again():
         ({"layerwise": True}, "strategy.elastic=true needs strategy.layerwise=false"),
         ({"warmup_steps": 5}, "from the first step on, but warmup_steps=5; set"),
         ({"delay_rounds": 1}, "but delay_rounds=1; set strategy.warmup_steps and the delays to 0"),
+        ({"copies": 2}, "replicas of one worker in this version, but strategy.copies=2 and .*shards=1; set"),
+        ({"mesh": MeshConfig(shards=2)}, "strategy.copies=1 and strategy.mesh.shards=2; set both to 1"),
+        ({"inner_state": "average"}, "needs strategy.inner_state='keep' or 'reset'"),
     ],
 )
 def test_what_replicas_that_come_and_go_cannot_do(settings, words):

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hardy.ops.loss import linear_cross_entropy_sum
+from hardy.ops.loss import linear_correct_sum, linear_cross_entropy_sum
 from hardy.ops.packed import IGNORED_LABEL
 
 
@@ -246,3 +246,14 @@ def test_wrong_arguments_are_named():
         linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T[1:])
     with pytest.raises(ValueError, match="chunk_tokens must be at least 1, got 0"):
         linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T, chunk_tokens=0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 3, 100])
+def test_right_guesses_are_counted_chunk_by_chunk(chunk_tokens):
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD, weight_VD = torch.randn(20, 4, generator=generator), torch.randn(9, 4, generator=generator)
+    labels_T = (hidden_TD @ weight_VD.T).argmax(-1)
+    labels_T[3:7] = (labels_T[3:7] + 1) % 9
+    labels_T[10:12] = -100
+    count = linear_correct_sum(hidden_TD.requires_grad_(), weight_VD, labels_T, chunk_tokens=chunk_tokens)
+    assert count.item() == 14 and not count.requires_grad

@@ -19,7 +19,10 @@ def test_it_is_the_mean_over_targets_and_leaves_the_model_in_training(make_confi
     with torch.no_grad():
         batches = [stream.batch([i]) for i in range(5)]
         nll = sum(model(b.tokens_T, b.layout, b.labels_T).double() for b in batches)
-    assert got == pytest.approx(float(nll) / sum(b.num_targets for b in batches), rel=1e-6)
+        right = sum((model(b.tokens_T, b.layout).argmax(-1) == b.labels_T).sum().item() for b in batches)
+    num_targets = sum(b.num_targets for b in batches)
+    assert got.loss == pytest.approx(float(nll) / num_targets, rel=1e-6)
+    assert got.accuracy == pytest.approx(right / num_targets) and 0 <= right < num_targets
     assert model.training
 
 
@@ -32,4 +35,5 @@ def test_uneven_shares_count_every_pack_once(make_config, corpus, num_workers):
         return evaluate(assembly.worker, assembly.plan.validation, num_packs=5, micro_packs=1)
 
     alone = run(Alone())
-    assert SimWorld(num_workers).run(run) == pytest.approx([alone] * num_workers, rel=1e-6)
+    for shared in SimWorld(num_workers).run(run):
+        assert shared == pytest.approx(alone, rel=1e-6)

@@ -103,7 +103,10 @@ def test_the_batch_sizes_that_an_error_names_work(batch_packs, num_workers, micr
             {"train": {"steps": 10}, "optim": {"name": "adamw", "schedule": {"warmup_steps": 10}}},
             "optim.schedule.warmup_steps=10 must be below train.steps=10",
         ),
-        ({"strategy": {"name": "synchronous", "mesh": {"shards": 2}}}, "1 replicas x 2 shards needs 2 workers, but 1 run"),
+        (
+            {"strategy": {"name": "synchronous", "mesh": {"shards": 2}}},
+            "1 replicas x 2 shards needs 2 workers, but 1 run",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(sections, text):

@@ -8,6 +8,10 @@ from hardy.train.plan import World
 
 MEETING = "HARDY_MEETING"
 """Set by `hardy train --workers N`: the address of the file by which its workers meet."""
+STORE = "HARDY_STORE"
+"""Set instead for replicas that come and go: host:port of the store that their launcher holds."""
+RESTARTS = "HARDY_RESTARTS"
+"""Set beside `STORE`: how often this replica was started again."""
 
 
 def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
@@ -26,7 +30,7 @@ def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
 def world(environment: Mapping[str, str]) -> World:
     """Return which worker this process is; alone unless a launcher set RANK and WORLD_SIZE.
 
-    `hardy train --workers N` sets `MEETING`; torchrun sets MASTER_ADDR and
+    `hardy train --workers N` sets `MEETING`, or `STORE` and `RESTARTS`; torchrun sets MASTER_ADDR and
     MASTER_PORT.
 
     Raises:
@@ -35,8 +39,8 @@ def world(environment: Mapping[str, str]) -> World:
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return World()
     numbers: dict[str, int] = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        text = environment.get(name, "0" if name == "LOCAL_RANK" else "")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", RESTARTS):
+        text = environment.get(name, "0" if name in ("LOCAL_RANK", RESTARTS) else "")
         if not text.isdecimal():
             raise UserError(
                 f"the launcher set {name}={text!r}, which is no number; start workers by `hardy train "
@@ -45,11 +49,16 @@ def world(environment: Mapping[str, str]) -> World:
         numbers[name] = int(text)
     if not numbers["RANK"] < numbers["WORLD_SIZE"]:
         raise UserError(f"RANK={numbers['RANK']} must be below WORLD_SIZE={numbers['WORLD_SIZE']}")
-    address = environment.get(MEETING)
-    if address is None and numbers["WORLD_SIZE"] > 1:
+    address, store = environment.get(MEETING), environment.get(STORE)
+    if address is None and store is None and numbers["WORLD_SIZE"] > 1:
         if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
             raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT, where the workers meet")
         address = "env://"
     return World(
-        rank=numbers["RANK"], size=numbers["WORLD_SIZE"], local_rank=numbers["LOCAL_RANK"], address=address
+        rank=numbers["RANK"],
+        size=numbers["WORLD_SIZE"],
+        local_rank=numbers["LOCAL_RANK"],
+        address=address,
+        store=store,
+        restarts=numbers[RESTARTS],
     )

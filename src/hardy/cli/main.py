@@ -36,6 +36,12 @@ VERBS: dict[str, Verb] = {
         module="imports", about="make a run folder of a Hugging Face Llama folder", takes_settings=True
     ),
     "plan": Verb(module="plan", about="say how much memory a run would take", takes_settings=True),
+    "simulate": Verb(
+        module="simulate",
+        about="play strategies on a cluster that is described in a file",
+        takes_settings=True,
+    ),
+    "local-steps": Verb(module="local_steps", about="say how many steps replicas should take alone"),
     "data": Verb(module="data", about="look at what a run would read", takes_settings=True),
     "doctor": Verb(module="doctor", about="say what this machine can do and what is missing"),
     "version": Verb(module="doctor", about="print the version"),
@@ -96,16 +102,17 @@ def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], ar
         raise UserError(unknown_name(name, kind, [*VERBS, "--help", "--version"]) + " (see `hardy --help`)")
     verb = VERBS[name]
     module = import_module(f"hardy.cli.{verb.module}")
-    long_help = getattr(module, f"{name}_help", None)
+    stem = name.replace("-", "_")
+    long_help = getattr(module, f"{stem}_help", None)
     parser = Parser(prog=f"hardy {name}", description=verb.about, long_help=long_help)
-    getattr(module, f"add_{name}")(parser)
+    getattr(module, f"add_{stem}")(parser)
     others, settings = split_settings(words[1:]) if verb.takes_settings else (words[1:], [])
     try:
         arguments = parser.parse(others, settings=_setting_paths if verb.takes_settings else list)
     except SystemExit:  # argparse ends so after printing help
         return None
     arguments.settings, arguments.words = settings, list(words)
-    return getattr(module, f"{name}_verb"), arguments
+    return getattr(module, f"{stem}_verb"), arguments
 
 
 def _help() -> str:

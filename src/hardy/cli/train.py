@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from hardy.cli import failure
 from hardy.cli.dry_run import show_plan
-from hardy.cli.environment import MEETING, cache_dir, world
+from hardy.cli.environment import MEETING, STORE, cache_dir, world
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
 from hardy.cli.settings import change, resolve, settings_text
 from hardy.cli.stop import StopSignal
-from hardy.cli.workers import run_workers
+from hardy.cli.workers import run_replicas, run_workers
 from hardy.config import UserError, parse_dotted
+from hardy.distributed.config import LocalUpdateConfig
 from hardy.train.config import TrainConfig
 from hardy.train.folder import RunFolder
 from hardy.train.plan import World, plan_run
@@ -68,12 +69,12 @@ def train_verb(arguments: argparse.Namespace) -> int:
         show_plan(resolved, plan, as_json=arguments.json)
         return failure.SUCCESS
     run_dir = arguments.run_dir or _next_run_dir(resolved.name, me)
-    if me.rank == 0:
+    if me.rank == 0 and not me.restarts:
         RunFolder(run_dir).check_new(resolved.config)
         _check_source(resolved.config)
     if num_workers > me.size:
         words = ["train", arguments.target, "--run-dir", str(run_dir), *arguments.settings]
-        return run_workers(num_workers, [*words, *(["--json"] if arguments.json else [])])
+        return _launch(resolved.config, num_workers, [*words, *(["--json"] if arguments.json else [])])
     from hardy.train import run
 
     return _run(
@@ -89,10 +90,18 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
-        return run_workers(num_workers, [*words, *(["--json"] if arguments.json else [])])
+        return _launch(config, num_workers, [*words, *(["--json"] if arguments.json else [])])
     from hardy.train import run
 
     return _run(lambda around: run.resume(run_dir, around, config=config), config, run_dir, me, arguments)
+
+
+def _launch(config: TrainConfig, num_workers: int, words: list[str]) -> int:
+    """Run the command in several processes and return the exit code of all."""
+    strategy = config.strategy
+    if isinstance(strategy, LocalUpdateConfig) and strategy.elastic:
+        return run_replicas(num_workers, words, max_restarts=strategy.max_restarts)
+    return run_workers(num_workers, words)
 
 
 def _run(
@@ -107,7 +116,8 @@ def _run(
     from hardy.train.loop import RunFailedError
 
     hooks = _displays(config, run_dir, arguments) if me.rank == 0 else []
-    with StopSignal(launcher=os.getppid() if MEETING in os.environ else None) as stop:
+    is_launched = MEETING in os.environ or STORE in os.environ
+    with StopSignal(launcher=os.getppid() if is_launched else None) as stop:
         try:
             summary = begin(_surroundings(config, me, arguments, hooks, stop))
         except (RunFailedError, WorkerLostError) as error:

@@ -10,16 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from hardy.cli.environment import MEETING
+from hardy.cli.environment import MEETING, RESTARTS, STORE
 from hardy.cli.failure import FAILURE, SUCCESS, USER_ERROR
 
 GRACE_S = 20.0
 """What the other workers are given to end by themselves once one has failed."""
+END_S = 600.0
+"""What replicas that come and go are given to end once the first of them has reached the end."""
 POLL_S = 0.05
 
 
@@ -33,24 +35,165 @@ def run_workers(num_workers: int, arguments: Sequence[str]) -> int:
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(num_workers):
-                environment = worker_environment(
-                    os.environ, rank, num_workers, meeting=Path(folder) / "meeting"
-                )
-                command = [sys.executable, "-m", "hardy", *arguments]
-                # A session of its own: Ctrl-C on a terminal reaches the workers once, through us.
-                workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
+                said = {MEETING: (Path(folder) / "meeting").as_uri()}
+                workers.append(_begin(arguments, worker_environment(os.environ, rank, num_workers, said)))
             return _wait(workers, received)
         finally:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
-                worker.wait()
+            _end(workers)
+
+
+def run_replicas(num_replicas: int, arguments: Sequence[str], *, max_restarts: int) -> int:
+    """Run `python -m hardy ARGUMENTS` in processes that may be lost: the others go on, and it begins again.
+
+    A replica whose settings cannot work (exit code 2) is not started again; where it had never been lost, the
+    others are told to end, for their settings are the same. Signals are handed on as by `run_workers`.
+
+    Args:
+        num_replicas: processes; each is a world of its own.
+        arguments: of the command.
+        max_restarts: how often each is started again.
+    """
+    from hardy.distributed.elastic import StoreHost  # imports torch, which no other launcher needs
+
+    host = StoreHost()
+
+    def begin(replica: int, restarts: int) -> "subprocess.Popen[bytes]":
+        said = {STORE: host.address, RESTARTS: str(restarts)}
+        return _begin(arguments, worker_environment(os.environ, replica, num_replicas, said))
+
+    with forwarded_signals() as received:
+        crew = Crew(begin, host.report_loss, max_restarts=max_restarts)
+        try:
+            for replica in range(num_replicas):
+                crew.start(replica)
+            while crew.running:
+                crew.look(received)
+                time.sleep(POLL_S)
+            return crew.joint_code(received[0] if received else None)
+        finally:
+            _end(crew.running.values())
+
+
+class Crew:
+    """Replicas that are started again when they are lost.
+
+    Args:
+        begin: starts a replica, given its number and how often it was lost.
+        report_loss: tells the others of a loss.
+        max_restarts: how often each is started again.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[int, int], "subprocess.Popen[bytes]"],
+        report_loss: Callable[[int], None],
+        *,
+        max_restarts: int,
+    ) -> None:
+        self._begin, self._report_loss, self._max_restarts = begin, report_loss, max_restarts
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.codes: dict[int, int] = {}
+        """Of those that will not begin again."""
+        self._restarts: dict[int, int] = {}
+        self._forwarded = 0
+        self._deadline_s: float | None = None
+
+    def start(self, replica: int) -> None:
+        """Start a replica for the first time."""
+        self._restarts[replica] = 0
+        self.running[replica] = self._begin(replica, 0)
+
+    def look(self, received: Sequence[int]) -> None:
+        """Hand on signals that came, and see to the replicas that have ended."""
+        for number in received[self._forwarded :]:
+            _tell(self.running.values(), number)
+            self._forwarded += 1
+        for replica, process in list(self.running.items()):
+            code = process.poll()
+            if code is not None:
+                del self.running[replica]
+                self._take(replica, code, is_stopping=bool(received))
+        if self._deadline_s is not None and time.monotonic() > self._deadline_s:
+            _tell(self.running.values(), signal.SIGKILL)
+
+    def joint_code(self, signal_number: int | None) -> int:
+        """Return one exit code for all: that of those who came to the end, if any did."""
+        codes = list(self.codes.values())
+        if SUCCESS in codes:
+            return SUCCESS
+        stopped = signal_number is not None and any(_is_told(code, signal_number) for code in codes)
+        return 128 + signal_number if stopped and signal_number else joint_code(codes, signal_number)
+
+    def _take(self, replica: int, code: int, *, is_stopping: bool) -> None:
+        """Note how a replica ended; start it again if that helps."""
+        if code == SUCCESS or is_stopping:
+            _tell(self.running.values(), signal.SIGCONT)  # one that was stopped sees that it was left out
+        if code == SUCCESS:
+            self.codes[replica] = code
+            self._give(END_S)
+            return
+        self._report_loss(replica)
+        lost = self._restarts[replica]
+        if is_stopping or self._deadline_s is not None:
+            self.codes[replica] = code
+        elif code == USER_ERROR:
+            self.codes[replica] = code
+            if lost == 0:
+                _tell(self.running.values(), signal.SIGTERM)
+                self._give(GRACE_S)
+        elif lost < self._max_restarts:
+            self._restarts[replica] += 1
+            _say(f"replica {replica} ended {_how(code)}; started again ({lost + 1} of {self._max_restarts})")
+            self.running[replica] = self._begin(replica, lost + 1)
+        else:
+            self.codes[replica] = code
+            _say(
+                f"replica {replica} ended {_how(code)} and is not started again "
+                f"(strategy.max_restarts={self._max_restarts}); {len(self.running)} go on"
+            )
+
+    def _give(self, seconds: float) -> None:
+        """Let the others end by themselves, so long."""
+        if self._deadline_s is None:
+            self._deadline_s = time.monotonic() + seconds
+
+
+def _say(text: str) -> None:
+    print(f"hardy: {text}", file=sys.stderr, flush=True)
+
+
+def _how(code: int) -> str:
+    return f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
+
+
+def _is_told(code: int, number: int) -> bool:
+    return code in (-number, 128 + number)
+
+
+def _begin(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    # A session of its own: Ctrl-C on a terminal reaches the workers once, through us.
+    command = [sys.executable, "-m", "hardy", *arguments]
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def _end(workers: "Iterable[subprocess.Popen[bytes]]") -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            worker.kill()
+        worker.wait()
 
 
 def worker_environment(
-    environment: Mapping[str, str], rank: int, num_workers: int, *, meeting: Path
+    environment: Mapping[str, str], rank: int, num_workers: int, said: Mapping[str, str]
 ) -> dict[str, str]:
-    """Return the environment of one worker; the cores are shared out unless OMP_NUM_THREADS is set."""
+    """Return the environment of one worker; the cores are shared out unless OMP_NUM_THREADS is set.
+
+    Args:
+        environment: ours.
+        rank: the worker, from 0.
+        num_workers: how many there are.
+        said: how it finds the others.
+    """
     threads = max(1, (os.cpu_count() or 1) // num_workers)
     return (
         {"OMP_NUM_THREADS": str(threads)}
@@ -59,8 +202,8 @@ def worker_environment(
             "RANK": str(rank),
             "WORLD_SIZE": str(num_workers),
             "LOCAL_RANK": str(rank),
-            MEETING: meeting.as_uri(),
         }
+        | dict(said)
     )
 
 
@@ -113,7 +256,7 @@ def _wait(workers: Sequence["subprocess.Popen[bytes]"], received: Sequence[int])
     return joint_code([worker.wait() for worker in workers], received[0] if received else None)
 
 
-def _tell(workers: Sequence["subprocess.Popen[bytes]"], number: int) -> None:
+def _tell(workers: "Iterable[subprocess.Popen[bytes]]", number: int) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.send_signal(number)

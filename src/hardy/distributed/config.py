@@ -170,6 +170,8 @@ class LocalUpdateConfig(Config):
     """Whether replicas may die and come back while the others go on."""
     timeout_s: PositiveFloat = 60.0
     """Of elastic: how long a silent replica is waited for."""
+    max_restarts: NonNegativeInt = 3
+    """Of elastic: how often `hardy train --workers` starts a replica again that was lost."""
 
     def __post_init__(self) -> None:
         """Check what the settings say together."""
@@ -181,20 +183,8 @@ class LocalUpdateConfig(Config):
                 f"strategy.copies={self.copies} with strategy.mesh.shards={self.mesh.shards} is not "
                 f"supported: a replica is either sharded or copied; set one of them to 1"
             )
-        if self.elastic and self.layerwise:
-            raise ConfigError(
-                "strategy.elastic=true needs strategy.layerwise=false: a round inside the forward pass is "
-                "applied unit by unit, so a replica that dies in it would leave the others apart"
-            )
-        needs = {"warmup_steps": 0, "fragments": 1, "delay_steps": 0, "delay_rounds": 0}
-        others = [
-            f"{key}={getattr(self, key)}" for key, value in needs.items() if getattr(self, key) != value
-        ]
-        if self.elastic and others:
-            raise ConfigError(
-                f"strategy.elastic=true needs whole rounds without delay from the first step on, but "
-                f"{', '.join(others)}; set strategy.warmup_steps and the delays to 0, fragments to 1"
-            )
+        if self.elastic:
+            self._check_elastic()
         anchored = self.aggregate == "anchored"
         if anchored and (self.fragments > 1 or not _only_averages(self.outer)):
             raise ConfigError(
@@ -207,6 +197,32 @@ class LocalUpdateConfig(Config):
             raise ConfigError(
                 "strategy.layerwise=true exchanges all units at once and applies them at once; set "
                 "strategy.fragments to 1 and the delays to 0, or layerwise to false"
+            )
+
+    def _check_elastic(self) -> None:
+        if self.layerwise:
+            raise ConfigError(
+                "strategy.elastic=true needs strategy.layerwise=false: a round inside the forward pass is "
+                "applied unit by unit, so a replica that dies in it would leave the others apart"
+            )
+        if self.copies > 1 or self.mesh.shards > 1:
+            raise ConfigError(
+                f"strategy.elastic=true needs replicas of one worker in this version, but strategy.copies="
+                f"{self.copies} and strategy.mesh.shards={self.mesh.shards}; set both to 1"
+            )
+        if self.inner_state == "average":
+            raise ConfigError(
+                "strategy.elastic=true needs strategy.inner_state='keep' or 'reset': 'average' exchanges "
+                "state after a round was agreed, so a replica that dies in it would leave the others apart"
+            )
+        needs = {"warmup_steps": 0, "fragments": 1, "delay_steps": 0, "delay_rounds": 0}
+        others = [
+            f"{key}={getattr(self, key)}" for key, value in needs.items() if getattr(self, key) != value
+        ]
+        if others:
+            raise ConfigError(
+                f"strategy.elastic=true needs whole rounds without delay from the first step on, but "
+                f"{', '.join(others)}; set strategy.warmup_steps and the delays to 0, fragments to 1"
             )
 
     def _check_trigger(self) -> None:

@@ -30,16 +30,15 @@ class Lane:
     def submit(self, call: Callable[[], R], *, uses: Sequence[Tensor] = ()) -> "Future[R]":
         """Run `call` in its turn.
 
+        What it raises is raised by `result`, or here where it runs at once.
+
         Args:
             call: what to do.
             uses: tensors of the caller's stream that it reads, so that their memory is not given away before.
         """
         if self._pool is None:
             done: Future[R] = Future()
-            try:
-                done.set_result(call())
-            except BaseException as error:  # raised where the result is asked for
-                done.set_exception(error)
+            done.set_result(call())
             return done
         started = None
         if self._stream is not None:

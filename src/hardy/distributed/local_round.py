@@ -3,7 +3,7 @@
 Letters as in `local_updates`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +96,27 @@ class Pending:
     has_leftovers_kept: bool = False
     factors: list[Tensor] = field(default_factory=list)
     """Of the clip, by unit done."""
+
+
+def check_alike(vectors: Sequence[Tensor], outer: Communicator, *, names: Sequence[str]) -> None:
+    """Refuse replicas whose weights differ.
+
+    Args:
+        vectors: of each unit, this replica's.
+        outer: the replicas.
+        names: of the units.
+
+    Raises:
+        RuntimeError: they do; the text names the units.
+    """
+    sums_U = torch.stack([torch.stack([x.double().sum(), x.double().abs().sum()]) for x in vectors]).cpu()
+    apart = (outer.all_gather(sums_U) != sums_U).any(-1).any(0)
+    if apart.any():
+        differing = [name or "the root" for name, is_apart in zip(names, apart, strict=True) if is_apart]
+        raise RuntimeError(
+            f"the replicas' weights differ in {', '.join(differing[:3])} before they train alone; start all "
+            f"from the same checkpoint or seed"
+        )
 
 
 def describe(pending: Pending, shards: Communicator, *, me: int) -> dict[str, Any]:

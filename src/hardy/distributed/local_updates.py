@@ -23,7 +23,7 @@ from hardy.distributed.anomaly import AnomalyGuard
 from hardy.distributed.comm import Alone, Communicator, WorkerLostError
 from hardy.distributed.groups import ExcludedError, OuterGroup
 from hardy.distributed.lane import Lane
-from hardy.distributed.local_round import Exchanged, Manner, Parts, Pending, Table, describe
+from hardy.distributed.local_round import Exchanged, Manner, Parts, Pending, Table, check_alike, describe
 from hardy.distributed.sharded import local_part
 from hardy.distributed.strategy import BUCKET_BYTES, Strategy, buckets
 from hardy.distributed.triggers import EverySteps
@@ -82,22 +82,19 @@ class LocalUpdates(Strategy):
         """By fragment: who is left out."""
         self.pending: list[Pending] = []
         self._room: dict[str, Any] | None = None
-        self._asks_to_stop = False
-        self._stop_votes = 0
-        self._is_wanted = False
-        self._has_met = False
+        self._asks_to_stop, self._stop_votes = False, 0
+        self._is_wanted, self._has_met = False, False
         self._report: dict[str, Any] = {}
-
-    # ---- Moments of a step ---------------------------------------------------------------------------------
+        self._joined, self._redone, self._has_looked, self._sits_out = list[int](), 0, False, False
 
     def before_forward(self) -> None:
         """Begin local training once the warm-up is over; begin a round that runs within this forward pass."""
-        self._has_met = False
         if not self.anchors and self.step >= self.manner.warmup_steps:
-            if self.outer.is_elastic and self.outer.generation > 0:
-                self._come_in()
-            else:
-                self._begin_local()
+            self.join()
+            while not (self.anchors or self._all_can(self._begin_local)):
+                self._regroup()
+            self._catch_up()
+        self._has_met = False
         if self.manner.layerwise and self.steps_since and self._due_fragment() is not None:
             with self._waiting():
                 if self._open(self._units_of(0), due_step=self.step):
@@ -124,7 +121,7 @@ class LocalUpdates(Strategy):
         """Average gradients over the replicas during the warm-up."""
         if self.anchors or self.outer.size == 1:
             return
-        params = [param for unit in range(len(self.units)) for param in self.units.parameters(unit)]
+        params = self._all_parameters()
         for param in params:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
@@ -180,8 +177,8 @@ class LocalUpdates(Strategy):
         return self.step
 
     def standing(self, step: int) -> int:
-        """Return this replica's steps; with rounds by time, the mean over replicas as far as it is known."""
-        if isinstance(self.parts.trigger, EverySteps) or not self.anchors:
+        """Return this replica's steps; with rounds by time, the mean over fixed replicas, as far as known."""
+        if isinstance(self.parts.trigger, EverySteps) or self.outer.is_elastic or not self.anchors:
             return self.step
         return self.manner.warmup_steps + self.total_steps // self.outer.size + self.steps_since
 
@@ -204,7 +201,20 @@ class LocalUpdates(Strategy):
         report, self._report = self._report, {}
         return report
 
-    # ---- A round -------------------------------------------------------------------------------------------
+    def join(self) -> None:
+        """Take over the place of those who train already, if this came to some; the first time only."""
+        if self.outer.is_elastic and self.outer.generation > 0 and not self._has_looked:
+            self._has_looked = True
+            if not self._all_can(self.align):
+                self._regroup()
+            self._catch_up()
+            self._has_met = bool(self.anchors)
+
+    def _catch_up(self) -> None:
+        """Where this replica came in the middle of others' round, be there; its own part is left out."""
+        if self._sits_out:
+            self._meet(self._units_of(0))
+            self._report = {}  # it belongs to no step of this replica
 
     def _begin_local(self) -> None:
         """Make the present weights the anchor, after all replicas were found to have the same."""
@@ -212,21 +222,9 @@ class LocalUpdates(Strategy):
             for unit in range(len(self.units)):
                 self.units.write(unit, self.outer.broadcast(self.units.read(unit), source=0))
         read = [self.units.read(unit) for unit in range(len(self.units))]
-        sums_U = torch.stack([torch.stack([x.double().sum(), x.double().abs().sum()]) for x in read]).cpu()
-        apart = (self.outer.all_gather(sums_U) != sums_U).any(-1).any(0)
-        if apart.any():
-            names = [self.units.names[unit] or "the root" for unit in apart.nonzero().flatten().tolist()]
-            raise RuntimeError(
-                f"the replicas' weights differ in {', '.join(names[:3])} before they train alone; start all "
-                f"from the same checkpoint or seed"
-            )
+        check_alike(read, self.outer, names=self.units.names)
         self.anchors = [x.cpu() if self.manner.offload else x for x in read]
         self.parts.trigger.reset(self.inner.clock.now())
-
-    def _come_in(self) -> None:
-        """Take over the anchor of those who train already."""
-        if not self._all_can(self.align):
-            self._regroup()
 
     def _units_of(self, fragment: int) -> list[int]:
         """Return the units of a fragment; neighbours lie in different ones."""
@@ -265,8 +263,7 @@ class LocalUpdates(Strategy):
 
     def _agrees(self) -> bool:
         """Whether this replica is at the anchor."""
-        by_turns = self.manner.fragments > 1 or self.manner.mix > 0
-        return self.steps_since == 0 and not self.pending and not by_turns
+        return not (self.steps_since or self.pending or self.manner.fragments > 1 or self.manner.mix)
 
     def _meet(self, units: list[int], *, is_last: bool = False) -> None:
         """Hold a round from beginning to end; where a replica is lost on the way, again without it."""
@@ -275,7 +272,7 @@ class LocalUpdates(Strategy):
             counted = self.steps_since, self.total_steps
             opened = False
 
-            def begin(counted: tuple[int, int] = counted) -> None:
+            def begin() -> None:
                 nonlocal opened
                 opened = self._open(units, due_step=self.step, is_last=is_last)
                 if opened:
@@ -283,14 +280,19 @@ class LocalUpdates(Strategy):
                         self._launch(self.pending[-1], place)
                     self.wait_for(self.pending[-1])
 
-            if self._all_can(begin) and (not opened or self._all_can(self.outer.barrier)):
+            settled = self._all_can(begin)
+            if settled and opened and self.outer.is_elastic:  # all have it, or none shall move its anchor
+                settled = self._all_can(self.outer.barrier)
+            if settled:
                 break
             self.pending.clear()
             self.parts.compression.rollback()
             self.steps_since, self.total_steps = counted
             self._regroup()
-            if self.round != round_before:
+            self._redone += 1
+            if self.round != round_before and not self._sits_out:
                 return  # the others had ended this round
+        self._sits_out = False  # from here on it takes part
         if opened:
             self._close(self.pending.pop())
             if self._is_wanted and self.outer.is_elastic:
@@ -301,23 +303,18 @@ class LocalUpdates(Strategy):
         if not self.outer.is_elastic:
             act()
             return True
-        done = True
+        done = 1.0
         try:
             act()
         except ExcludedError:
             raise
         except WorkerLostError:
-            done = False
-        return bool(self.inner.sum(torch.tensor(float(done))) == self.inner.size)
+            done = 0.0
+        return bool(self.inner.sum(torch.tensor(done)) == self.inner.size)
 
     def _regroup(self) -> None:
         """Go on with the replicas that live and those that came, all at the same anchor."""
-
-        def regroup() -> None:
-            self.outer.reform()
-            self.align()
-
-        while not self._all_can(regroup):
+        while not (self._all_can(self.outer.reform) and self._all_can(self.align)):
             pass
 
     def _open(self, units: list[int], *, due_step: int, is_last: bool = False) -> bool:
@@ -331,8 +328,7 @@ class LocalUpdates(Strategy):
         self._is_wanted = bool(rows_N[:, 2].any())
         if self.outer.is_elastic:  # one that had to take over another's place may be behind it
             self.step = int(rows_N[:, 3].max())
-        self._has_met = True
-        self.steps_since = 0
+        self._has_met, self.steps_since = True, 0
         count = len(units)
         self.pending.append(
             Pending(table=table, due_step=due_step, exchanged=[None] * count, done=[False] * count)
@@ -345,13 +341,12 @@ class LocalUpdates(Strategy):
             [torch.linalg.vector_norm(self._delta(unit), dtype=torch.float64).square() for unit in units]
         )
         norms_U = self._shards.sum(squares_U).sqrt().cpu()
-        flags_U = self._guard_of(units).flags(norms_U)
+        flags_U = self._guard_of(units).flags(norms_U) | self._sits_out
         control = torch.tensor(
             [self.steps_since, self._asks_to_stop, self.outer.wants_members(), self.step],
             dtype=torch.float64,
         )
-        row = torch.cat([control, norms_U, flags_U.double()])
-        rows_N = self.outer.all_gather(row)
+        rows_N = self.outer.all_gather(torch.cat([control, norms_U, flags_U.double()]))
         norms_NU, flags_NU = rows_N[:, 4:].split(len(units), dim=1)
         flags_NU = flags_NU != 0
         seen_NU = torch.where(flags_NU, torch.inf, norms_NU)
@@ -378,7 +373,8 @@ class LocalUpdates(Strategy):
         unit = pending.table.units[place]
         weight = pending.table.weights_NU[self.outer.rank, place]
         delta_n = self._delta(unit)
-        pending.exchanged[place] = self.lane.submit(partial(self._exchange, unit, delta_n, weight))
+        exchange = partial(self._exchange, unit, delta_n, weight)
+        pending.exchanged[place] = self.lane.submit(exchange, uses=[delta_n])
 
     def _exchange(self, unit: int, delta_n: Tensor, weight: Tensor) -> Exchanged:
         """Return S and what its length and direction are read from."""
@@ -434,6 +430,11 @@ class LocalUpdates(Strategy):
     def _described(self, pending: Pending) -> dict[str, Any]:
         numbers = describe(pending, self._shards, me=self.outer.rank)
         counters = {key: getattr(self, key) for key in ("round", "rollbacks", "repairs")}
+        if self.outer.is_elastic:
+            members = list(self.outer.members)
+            counters |= {"generation": self.outer.generation, "members": members, "redone": self._redone}
+            counters["joined"] = [number for number in members if number in self._joined]
+            self._joined, self._redone = [], 0
         return counters | numbers | {"bytes_sent": self.outer.bytes_sent, "round_wait_s": self.wait_s}
 
     def _keep_leftovers(self, pending: Pending) -> None:
@@ -448,15 +449,16 @@ class LocalUpdates(Strategy):
 
         All members call it after their group was made anew; one that has just come is behind them all.
         """
-        mine = torch.tensor([self.round if self.anchors else -1])
-        rounds_N = self.outer.all_gather(mine).flatten()
+        mine = torch.tensor([self.round if self.anchors else -1, self.steps_since > 0 or self._sits_out])
+        rounds_N, meeting_N = self.outer.all_gather(mine).unbind(1)
         source = int(rounds_N.argmax())
         if bool((rounds_N == rounds_N[source]).all()):
             return
-        is_behind = bool(mine < rounds_N[source])
+        self._joined += [self.outer.members[place] for place in (rounds_N < 0).nonzero().flatten().tolist()]
         mine_if_source = local_state.in_common(self) if self.outer.rank == source else {}
         news = local_state.share(self.outer, mine_if_source, source=source)
-        if is_behind:
+        if mine[0] < rounds_N[source]:
+            self._sits_out = bool(meeting_N[rounds_N == rounds_N[source]].any())
             local_state.adopt(self, news)
             inner_state.reset(self.optimizer, self._all_parameters())
             self.parts.trigger.reset(self.inner.clock.now())
@@ -477,8 +479,6 @@ class LocalUpdates(Strategy):
         finally:
             self.wait_s += self.inner.clock.now() - started_s
 
-    # ---- State ---------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resume needs; waits for exchanges that are under way."""
         return self._room if self._room is not None else local_state.remember(self)
@@ -491,3 +491,4 @@ class LocalUpdates(Strategy):
         """Take a state back; of another number of replicas only what they had in common, at their anchor."""
         self._room = None
         local_state.recall(self, state_dict)
+        self._has_met = self.steps_since == 0

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hardy.model.presets import DecoderShape
 from hardy.ops.attention import PackedAttention
-from hardy.ops.loss import linear_cross_entropy_sum
+from hardy.ops.loss import linear_correct_sum, linear_cross_entropy_sum
 from hardy.ops.norm import rms_norm
 from hardy.ops.packed import DocumentLayout
 from hardy.ops.rotary import Rotary, rotary_table, rotate
@@ -164,8 +164,12 @@ class Decoder(nn.Module):
         layout: DocumentLayout,
         labels_T: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        *,
+        with_correct: bool = False,
     ) -> Tensor:
         """Return the summed negative log-likelihood of the labels (0-d, fp32), or without them the logits.
+
+        With `with_correct` and labels: [2], that sum and how many labels have the largest logit.
 
         Args:
             tokens_T: token ids of the packed documents, int64.
@@ -189,11 +193,10 @@ class Decoder(nn.Module):
             cache.num_tokens += tokens_T.shape[0]
         weight_VD = self.embedding.weight if self.head is None else self.head.weight
         x_TD = self.norm(x_TD)
-        return (
-            linear(x_TD, weight_VD)
-            if labels_T is None
-            else linear_cross_entropy_sum(x_TD, weight_VD, labels_T)
-        )
+        if labels_T is None:
+            return linear(x_TD, weight_VD)
+        nll = linear_cross_entropy_sum(x_TD, weight_VD, labels_T)
+        return torch.stack([nll, linear_correct_sum(x_TD, weight_VD, labels_T)]) if with_correct else nll
 
 
 def unit_names(model: nn.Module) -> list[str]:

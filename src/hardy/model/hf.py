@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy, linear
 from hardy.config import UserError
 from hardy.ops.attention import Backend, packed_attention
 from hardy.ops.attention_backends import AttentionRule
-from hardy.ops.loss import linear_cross_entropy_sum
+from hardy.ops.loss import linear_correct_sum, linear_cross_entropy_sum
 from hardy.ops.packed import IGNORED_LABEL, DocumentLayout
 
 ATTENTION_NAME = "hardy_packed"
@@ -61,8 +61,17 @@ class HFCausalLM(nn.Module):
         self.has_plain_head = False
         self._probe()
 
-    def forward(self, tokens_T: Tensor, layout: DocumentLayout, labels_T: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_T: Tensor,
+        layout: DocumentLayout,
+        labels_T: Tensor | None = None,
+        *,
+        with_correct: bool = False,
+    ) -> Tensor:
         """Return the summed negative log-likelihood (0-d, fp32), or without labels the logits (T, V).
+
+        With `with_correct` and labels: [2], that sum and how many labels have the largest logit.
 
         The loss goes chunk by chunk through the head's weight where the probe found the head to be a plain
         product; a model that caps, scales or shifts its logits computes all of them.
@@ -71,9 +80,12 @@ class HFCausalLM(nn.Module):
             logits_TV = self._run(self.model, tokens_T, layout).logits[0]
             if labels_T is None:
                 return logits_TV
-            return cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+            nll = cross_entropy(logits_TV.float(), labels_T, ignore_index=IGNORED_LABEL, reduction="sum")
+            return torch.stack([nll, (logits_TV.argmax(-1) == labels_T).sum()]) if with_correct else nll
         hidden_TD = self._run(self.model.base_model, tokens_T, layout).last_hidden_state[0]
-        return linear_cross_entropy_sum(hidden_TD, self.model.get_output_embeddings().weight, labels_T)
+        weight_VD = self.model.get_output_embeddings().weight
+        nll = linear_cross_entropy_sum(hidden_TD, weight_VD, labels_T)
+        return torch.stack([nll, linear_correct_sum(hidden_TD, weight_VD, labels_T)]) if with_correct else nll
 
     @property
     def context_tokens(self) -> int | None:

@@ -89,6 +89,32 @@ def linear_cross_entropy_sum(
         )[0]
 
 
+def linear_correct_sum(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """Return how many labels have the largest logit, chunk by chunk, without gradients.
+
+    Args:
+        hidden_TD: last hidden states.
+        weight_VD: weight of the output head, without bias.
+        labels_T: what each token should predict, int64; `IGNORED_LABEL` is never right.
+        chunk_tokens: tokens whose logits exist at once; None takes a size that suits the device.
+
+    Example:
+        >>> linear_correct_sum(torch.eye(3)[:2], torch.eye(3), torch.tensor([0, 2])).item()
+        1.0
+    """
+    if chunk_tokens is None:
+        most = CHUNK_ELEMENTS.get(hidden_TD.device.type, CHUNK_ELEMENTS["cuda"])
+        chunk_tokens = max(64, most // weight_VD.shape[0])
+    right = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+    with torch.no_grad():
+        for start in range(0, hidden_TD.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            right += ((hidden_TD[chunk] @ weight_VD.T).argmax(-1) == labels_T[chunk]).sum()
+    return right
+
+
 class _LinearCrossEntropySum(torch.autograd.Function):
     """Sum in the forward pass together with its gradients; the backward pass scales them."""
 

@@ -1,4 +1,6 @@
-"""Validation loss: the exact mean over held-out packs, whatever the number of workers."""
+"""Validation: the exact mean over held-out packs, whatever the number of workers."""
+
+from typing import NamedTuple
 
 import torch
 
@@ -6,14 +8,23 @@ from hardy.data.stream import PackStream
 from hardy.train.step import Worker
 
 
-def evaluate(worker: Worker, stream: PackStream, *, num_packs: int, micro_packs: int) -> float:
-    """Return the mean negative log-likelihood per target of packs 0 ... num_packs-1, in nats.
+class Evaluation(NamedTuple):
+    """What a model makes of held-out text."""
+
+    loss: float
+    """Mean negative log-likelihood per target, in nats."""
+    accuracy: float
+    """Share of targets with the largest logit. A loss may hide what it shows: averaged replicas are surer."""
+
+
+def evaluate(worker: Worker, stream: PackStream, *, num_packs: int, micro_packs: int) -> Evaluation:
+    """Return means over the targets of packs 0 ... num_packs-1.
 
     Every worker runs the same number of forward passes, since sharded models meet in each; a worker that has
     run out of packs takes another's without counting it.
     """
     comm = worker.world
-    totals = torch.zeros(2, dtype=torch.float64, device=worker.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
     was_training = worker.model.training
     worker.model.eval()
     with torch.no_grad(), worker.strategy.evaluation_parameters():
@@ -22,9 +33,10 @@ def evaluate(worker: Worker, stream: PackStream, *, num_packs: int, micro_packs:
             mine = packs[comm.rank :: comm.size]
             batch = stream.batch(mine or packs[:1]).to(worker.device)
             with worker.autocast.context():
-                nll = worker.model(batch.tokens_T, batch.layout, batch.labels_T)
+                sums = worker.model(batch.tokens_T, batch.layout, batch.labels_T, with_correct=True)
             if mine:
-                totals += torch.stack([nll.double(), nll.new_tensor(batch.num_targets, dtype=torch.float64)])
+                totals[:2] += sums.double()
+                totals[2] += batch.num_targets
     worker.model.train(was_training)
-    nll_sum, num_targets = comm.sum(totals).tolist()
-    return nll_sum / num_targets
+    nll_sum, num_right, num_targets = comm.sum(totals).tolist()
+    return Evaluation(loss=nll_sum / num_targets, accuracy=num_right / num_targets)

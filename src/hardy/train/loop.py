@@ -74,7 +74,8 @@ class Batches:
     def at(self, step: int, worker: Worker) -> list[PackedBatch]:
         """Return this worker's micro-batches of step `step` (from 0), on its device."""
         first = step * self.batch_packs
-        mine = range(first, first + self.batch_packs)[worker.world.rank :: worker.world.size]
+        place, number = worker.share or (worker.world.rank, worker.world.size)
+        mine = range(first, first + self.batch_packs)[place::number]
         starts = range(0, len(mine), self.micro_packs)
         return [self.stream.batch(mine[i : i + self.micro_packs]).to(worker.device) for i in starts]
 
@@ -173,12 +174,14 @@ def _step_and_evaluate(
     every_steps = plan.loop.evaluate_every_steps
     if plan.validation and (is_last or _is_time(strategy, progress, every_steps, progress.evaluated_at)):
         progress.evaluated_at = progress.step
-        progress.validation_loss = evaluate(
+        evaluation = evaluate(
             worker, plan.validation, num_packs=plan.validation_packs, micro_packs=plan.batches.micro_packs
         )
+        progress.validation_loss = evaluation.loss
         plan.schedule.observe(progress.validation_loss)
         line |= {
             "validation_loss": progress.validation_loss,
+            "validation_accuracy": evaluation.accuracy,
             "validation_time_s": clock.now() - stepped_s,
         }
     return line, result

@@ -21,6 +21,10 @@ class World:
     """This worker among those of its machine; chooses the GPU."""
     address: str | None = None
     """Where the workers meet ("env://" or a "file://" path); None for a worker alone."""
+    store: str | None = None
+    """Of replicas that come and go, "host:port" of the launcher's store; each is a worker, and no other."""
+    restarts: int = 0
+    """How often the launcher has started this replica again."""
 
 
 @dataclass(frozen=True, kw_only=True)

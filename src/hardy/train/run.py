@@ -3,8 +3,9 @@
 import logging
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from hardy.train.folder import RunFolder, replace_json
 from hardy.train.hooks import Hook, RunFacts, Summary
 from hardy.train.loop import Progress, run_loop
 from hardy.train.manifest import Checkpoint
-from hardy.train.metrics import MetricsFile
+from hardy.train.membership import (
+    Membership,
+    check_alike,
+    has_come_late,
+    membership_of,
+    newest_of_any,
+    one_at_a_time,
+)
+from hardy.train.metrics import MetricsFile, read_metrics
 from hardy.train.plan import World
 from hardy.train.setup import Assembly, Stateful, assemble, check_identity
 
@@ -57,7 +66,8 @@ def start(config: TrainConfig, run_dir: Path, around: Surroundings) -> Summary:
     with ExitStack() as held:
         if around.world.rank == 0:
             held.enter_context(folder.locked())
-            folder.create(config, command=around.command, num_workers=around.world.size)
+            if not (around.world.restarts and folder.config_file.exists()):
+                folder.create(config, command=around.command, num_workers=around.world.size)
         return _run(config, folder, around)
 
 
@@ -89,9 +99,11 @@ def _run(
     hardware = choose_hardware(config.train.device, config.train.precision, local_rank=world.local_rank)
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
-    with denormals_flushed():
-        if world.size == 1:
-            return _train(config, folder, around, Alone(), hardware=hardware, is_resumed=is_resumed)
+    with denormals_flushed(), ExitStack() as held:
+        membership = membership_of(config, world, held)
+        if world.size == 1 or membership:
+            train = partial(_train, config, folder, around, Alone(), hardware=hardware)
+            return train(is_resumed=is_resumed, membership=membership)
         comm = join_world(
             rank=world.rank,
             size=world.size,
@@ -99,6 +111,7 @@ def _run(
             device_type="cuda" if hardware.device.type == "cuda" else "cpu",
         )
         try:
+            check_alike(config, comm)
             return _train(config, folder, around, comm, hardware=hardware, is_resumed=is_resumed)
         finally:
             leave_world()
@@ -112,20 +125,30 @@ def _train(
     *,
     hardware: Hardware,
     is_resumed: bool,
+    membership: Membership | None = None,
 ) -> Summary:
     """Build, load, train and sum up."""
-    hooks = list(around.hooks) if comm.rank == 0 else []
-    corpus = prepare_once(config, around.cache_dir, comm, hooks)
-    assembly = assemble(config, comm, corpus=corpus, hardware=hardware)
+    is_first = around.world.rank == 0
+    hooks = list(around.hooks) if is_first else []
+    with one_at_a_time(around.cache_dir) if membership else nullcontext():
+        corpus = prepare_once(config, around.cache_dir, comm, hooks)
+    assembly = assemble(config, comm, corpus=corpus, hardware=hardware, membership=membership)
     store = _store(config, folder, assembly, replica=assembly.grid.replica)
-    progress = load_newest(store, assembly, folder, first=lambda: _store(config, folder, assembly, replica=0))
-    if comm.rank == 0:
+    has_joined = membership is not None and has_come_late(assembly.worker.strategy)
+    if has_joined:
+        progress = _progress_of_others(config, folder, assembly)
+    else:
+        progress = _progress_saved(config, folder, assembly, store, membership)
+    if is_first:
         corpus.tokenizer.save(folder.tokenizer)
-        if is_resumed:
-            folder.note_start(config, command=around.command, from_step=progress.step, num_workers=comm.size)
+        if is_resumed and not has_joined:
+            folder.note_start(
+                config, command=around.command, from_step=progress.step, num_workers=around.world.size
+            )
             replace_json(folder.config_file, to_dict(config))
     for hook in hooks:
-        hook.on_start(_facts(config, folder, assembly, progress, corpus, hardware=hardware))
+        facts = _facts(config, folder, assembly, progress, corpus, hardware=hardware)
+        hook.on_start(replace(facts, num_workers=around.world.size))
     started_s, started_tokens = comm.clock.now(), progress.tokens
     with lost_workers_named(comm):
         _loop(assembly, progress, store, folder, around, hardware=hardware)
@@ -146,7 +169,7 @@ def _train(
         sample=text,
         stopped_by=signal.Signals(stopped_by).name if stopped_by else None,
     )
-    if comm.rank == 0:
+    if is_first:
         replace_json(folder.summary_file, asdict(summary))
     for hook in hooks:
         hook.on_end(summary)
@@ -187,8 +210,9 @@ def _loop(
 ) -> None:
     """Run the loop with its records and checkpoints; what is being saved is finished whatever happens."""
     worker = assembly.worker
-    is_first = worker.world.rank == 0
-    metrics = MetricsFile(folder.metrics_file, after_step=progress.step) if is_first else None
+    metrics = None
+    if around.world.rank == 0:
+        metrics = MetricsFile(folder.metrics_file, after_step=progress.step)
 
     def record(line: dict[str, Any]) -> None:
         line["peak_memory_mb"] = hardware.peak_memory_mb()
@@ -281,10 +305,13 @@ def load_newest(
         folder: where it lies.
         first: opens the first replica's, from which a run goes on with more replicas.
     """
-    progress = Progress()
     store, checkpoint = _newest(store, assembly, first)
-    if checkpoint is None:
-        return progress
+    return Progress() if checkpoint is None else _load(store, checkpoint, assembly, folder)
+
+
+def _load(store: CheckpointStore, checkpoint: Checkpoint, assembly: Assembly, folder: RunFolder) -> Progress:
+    """Load a checkpoint into the assembled run and return where it stands."""
+    progress = Progress()
     plain = store.read_plain(checkpoint)
     check_identity(plain["identity"], assembly.identity, run_dir=str(folder.path))
     worker, parts = assembly.worker, assembly.parts()
@@ -303,12 +330,44 @@ def load_newest(
     for name, part in parts.items():
         filled = {key: tensors[f"{name}/{key}"] for key in part.state_dict() if f"{name}/{key}" in tensors}
         part.load_state_dict(plain[name] | filled)
-    if progress.step > assembly.plan.loop.steps:
+    if progress.step > assembly.plan.loop.steps and assembly.outer is None:  # those end with a round
         raise UserError(
             f"train.steps={assembly.plan.loop.steps} is below the {progress.step} steps that {folder.path} "
             f"has done; raise train.steps, or leave it out"
         )
     logger.info("resumed %s at step %d", folder.path, progress.step)
+    return progress
+
+
+def _progress_saved(
+    config: TrainConfig,
+    folder: RunFolder,
+    assembly: Assembly,
+    store: CheckpointStore,
+    membership: Membership | None,
+) -> Progress:
+    """Load what the run goes on from, if anything was saved, and return where it stands."""
+    if membership is None:
+        first = partial(_store, config, folder, assembly, replica=0)
+        return load_newest(store, assembly, folder, first=first)
+    found = newest_of_any(folder, membership)
+    if found is None:
+        return Progress()
+    source, checkpoint = found
+    return _load(_store(config, folder, assembly, replica=source), checkpoint, assembly, folder)
+
+
+def _progress_of_others(config: TrainConfig, folder: RunFolder, assembly: Assembly) -> Progress:
+    """Return the progress of a replica that has joined others: their step, as if every pack had been full."""
+    step = assembly.worker.strategy.standing(0)
+    assembly.plan.schedule.reset(at_step=step)
+    tokens = step * config.train.batch_packs * config.data.pack_tokens
+    progress = Progress(step=step, tokens=tokens, evaluated_at=step, saved_at=step)
+    if assembly.grid.replica == 0 and folder.metrics_file.exists():
+        losses = [line["loss"] for line in read_metrics(folder.metrics_file) if line["loss"] is not None]
+        if losses:
+            progress.first_loss, progress.last_loss = losses[0], losses[-1]
+    logger.info("replica %d joined %s at step %d", assembly.grid.replica, folder.path, step)
     return progress
 
 

@@ -13,7 +13,7 @@ from hardy.data.stream import PackStream
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.comm import Alone, Communicator
 from hardy.distributed.config import LocalUpdateConfig
-from hardy.distributed.groups import Grid, split
+from hardy.distributed.groups import Grid, OuterGroup, split
 from hardy.distributed.sharded import parallelize, place
 from hardy.model.build import build_model
 from hardy.model.decoder import Decoder, unit_names
@@ -29,6 +29,7 @@ from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware
 from hardy.train.folder import differing
 from hardy.train.loop import Batches, Plan
+from hardy.train.membership import Membership
 from hardy.train.plan import RunPlan, plan_run
 from hardy.train.step import AutocastSetting, Worker
 
@@ -55,6 +56,8 @@ class Assembly:
     """What a checkpoint must have in common with the run that loads it."""
     num_parameters: int
     grid: Grid
+    outer: OuterGroup | None = None
+    """The group of replicas that come and go."""
 
     def parts(self) -> dict[str, Stateful]:
         """Return what a checkpoint keeps beside model, optimizer and progress, by the name it has there."""
@@ -62,14 +65,28 @@ class Assembly:
         return parts if self.worker.guard is None else parts | {"guard": self.worker.guard}
 
 
-def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardware: Hardware) -> Assembly:
+def assemble(
+    config: TrainConfig,
+    comm: Communicator,
+    *,
+    corpus: Corpus,
+    hardware: Hardware,
+    membership: Membership | None = None,
+) -> Assembly:
     """Build one worker's side of the run: alone, simulated, or one process of several.
+
+    Args:
+        config: the run.
+        comm: all workers; of replicas that come and go those of this one.
+        corpus: what it reads.
+        hardware: where it computes.
+        membership: of a replica that comes and goes; it enters its group at the end.
 
     Raises:
         UserError: settings, data and number of workers do not fit together.
     """
-    sizes = plan_run(config, num_workers=comm.size)
-    grid = _grid(config, comm, replicas=sizes.replicas)
+    sizes = plan_run(config, num_workers=membership.replicas if membership else comm.size)
+    grid = _grid(config, comm, replicas=sizes.replicas, membership=membership)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
     model = build_model(config.model, vocab_size=corpus.tokenizer.vocab_size)
@@ -90,16 +107,16 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
         released = True
         _release(optimizer, model, sizes=together)
     guard = build_guard(config.optim, optimizer, device=hardware.device)
+    outer = membership.enter() if membership else None
+    trained = Trained(model=model, optimizer=optimizer, unit_names=names, comm=comm, grid=grid, outer=outer)
     worker = Worker(
         model=model,
         optimizer=optimizer,
-        strategy=build_strategy(
-            config.strategy,
-            Trained(model=model, optimizer=optimizer, unit_names=names, comm=comm, grid=grid),
-        ),
+        strategy=build_strategy(config.strategy, trained),
         comm=grid.inner,
         everyone=comm,
         replicas=grid.replicas,
+        share=(grid.replica, grid.replicas) if membership else None,
         device=hardware.device,
         # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
         autocast=AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded),
@@ -116,11 +133,22 @@ def assemble(config: TrainConfig, comm: Communicator, *, corpus: Corpus, hardwar
         validation_packs=min(config.train.evaluate_packs, validation.num_packs or 0) if validation else 0,
         checkpoint_every_steps=config.checkpoint.every_steps,
     )
-    return Assembly(worker=worker, plan=plan, identity=same_run, num_parameters=num_parameters, grid=grid)
+    return Assembly(
+        worker=worker,
+        plan=plan,
+        identity=same_run,
+        num_parameters=num_parameters,
+        grid=grid,
+        outer=outer,
+    )
 
 
-def _grid(config: TrainConfig, comm: Communicator, *, replicas: int) -> Grid:
+def _grid(config: TrainConfig, comm: Communicator, *, replicas: int, membership: Membership | None) -> Grid:
     """Return who steps together: all workers, or where replicas train alone those of this one's replica."""
+    if membership:
+        alone = Alone(clock=comm.clock)
+        me = membership.replica
+        return Grid(inner=comm, outer=alone, replica=me, replicas=replicas, shard=comm.rank, shards=comm.size)
     if isinstance(config.strategy, LocalUpdateConfig):
         return split(comm, replicas=replicas, shards=comm.size // replicas)
     alone = Alone(clock=comm.clock)

@@ -45,6 +45,9 @@ class Worker:
     replicas: int = 1
     """Groups like `comm` that share a global batch; each divides its gradients by its part of the targets."""
 
+    share: tuple[int, int] | None = None
+    """(place, number) of those who share a global batch; None where they are `world`."""
+
     @property
     def world(self) -> Communicator:
         """All workers of the run."""

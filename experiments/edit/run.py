@@ -1,0 +1,216 @@
+"""EDiT, DiLoCo and local SGD against synchronous training at equal tokens; see README.md.
+
+python experiments/edit/run.py            # about twelve minutes on one idle core, half on two
+python experiments/edit/run.py --smoke    # seconds, proves nothing but that it runs
+python experiments/edit/run.py --report   # writes the tables of README.md from results/comparison.json
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
+
+from claims import generated, verdict, write_results  # noqa: E402  the path is set above
+from trials import FAULTY, Trial, Trials  # noqa: E402
+
+STEPS, EVERY_STEPS = 2240, 32
+SMOKE_STEPS, SMOKE_EVERY_STEPS = 12, 2
+SEEDS = (0, 1, 2)
+RATES = (0.016, 0.032, 0.064, 0.128)
+MOMENTUM = {"local_sgd": 0.0, "diloco": 0.9, "edit": 0.85}
+OUTER_RATES = {"local_sgd": (1.0,), "diloco": (0.7, 1.0), "edit": (0.8, 1.0)}
+INNER_RATES = {"synchronous": RATES, "local_sgd": RATES, "diloco": (0.032, 0.064), "edit": (0.032, 0.064)}
+"""Four trials for each: inner rates x outer rates."""
+CORRUPTED = ("local_sgd", "diloco", "edit")
+VARIANTS = {
+    "rounds of 8 steps": {"every_steps": 8},
+    "temperature 0.1 of the mean norm": {"relative_temperature": True, "temperature": 0.1},
+    "no clip": {"clip_norm": None},
+    "z-test from 1.5 spreads": {"anomaly.delta": 1.5},
+}
+"""What else EDiT could be set to, tried on the first seed, with and without corruption."""
+
+
+def settings(name, *, outer_lr, steps, every_steps):
+    """Return the settings of a strategy, warm-up a twentieth of the run."""
+    if name == "synchronous":
+        return {"name": name}
+    result = {"name": name, "every_steps": every_steps, "warmup_steps": steps // 20}
+    result |= {"outer.name": "sgd", "outer.lr": outer_lr, "outer.momentum": MOMENTUM[name]}
+    result |= {"outer.nesterov": MOMENTUM[name] > 0}
+    if name == "edit":
+        result |= {"anomaly.name": "ztest", "anomaly.warmup_rounds": 5}
+    return result
+
+
+class Comparison:
+    """All trainings of the experiment, and what follows from them."""
+
+    def __init__(self, trials, *, smoke):
+        self.trials, self.smoke = trials, smoke
+        self.steps = SMOKE_STEPS if smoke else STEPS
+        self.seeds = SEEDS[:1] if smoke else SEEDS
+
+    def run(self):
+        """Return rows, variants and the numbers that the claims are about."""
+        grids = {name: self._grid(name) for name in INNER_RATES}
+        tuning = self.trials.results([trial for grid in grids.values() for trial in grid])
+        best = {name: min(grid, key=lambda trial: loss_of(tuning[trial])) for name, grid in grids.items()}
+        rows = [self._row(name, trial, grids[name]) for name, trial in best.items()]
+        rows += [self._row(name, changed(best[name], corrupted=True), []) for name in CORRUPTED]
+        base = loss_of(tuning[best["synchronous"]])
+        told = [self._variant(best["edit"], words, base=base) for words in ("as tuned", *VARIANTS)]
+        return {"rows": rows, "variants": told, "got": numbers(rows), "steps": self.steps}
+
+    def _variant(self, trial, words, *, base):
+        """Return EDiT with other settings on the first seed, in percent above synchronous training."""
+        clean = changed(trial, strategy=with_settings(trial, VARIANTS.get(words, {})))
+        spoilt = changed(clean, corrupted=True)
+        found = self.trials.results([clean, spoilt])
+        return {
+            "words": words,
+            "percent": 100 * (loss_of(found[clean]) / base - 1),
+            "corrupted_percent": 100 * (loss_of(found[spoilt]) / base - 1),
+            "clean": found[clean],
+            "corrupted": found[spoilt],
+        }
+
+    def _grid(self, name):
+        every_steps = SMOKE_EVERY_STEPS if self.smoke else EVERY_STEPS
+        rates = list(product(INNER_RATES[name], OUTER_RATES.get(name, (None,))))
+        return [
+            Trial(
+                strategy=tuple(
+                    settings(name, outer_lr=outer_lr, steps=self.steps, every_steps=every_steps).items()
+                ),
+                lr=lr,
+                seed=self.seeds[0],
+                steps=self.steps,
+            )
+            for lr, outer_lr in (rates[:1] if self.smoke else rates)
+        ]
+
+    def _row(self, name, trial, grid):
+        """Return a strategy at the rates that were chosen, on all seeds."""
+        results = self.trials.results([changed(trial, seed=seed) for seed in self.seeds])
+        inner = [other.lr for other in grid]
+        return {
+            "name": name,
+            "corrupted": trial.corrupted,
+            "lr": trial.lr,
+            "outer_lr": dict(trial.strategy).get("outer.lr"),
+            "at_edge": len(set(inner)) > 1 and trial.lr in (inner[0], inner[-1]),
+            "losses": [result["loss"] for result in results.values()],
+            "rounds": [result.get("rounds", 0) for result in results.values()],
+            "left_out": [result.get("left_out") for result in results.values()],
+        }
+
+
+def changed(trial, **changes):
+    """Return a trial with other values."""
+    return Trial(**(vars(trial) | changes))
+
+
+def with_settings(trial, changes):
+    """Return the settings of a trial's strategy with others laid over them."""
+    return tuple((dict(trial.strategy) | changes).items())
+
+
+def loss_of(result):
+    """Return the loss; infinite where the run was lost."""
+    return math.inf if result["loss"] is None else result["loss"]
+
+
+def mean(row):
+    """Return the mean loss over the seeds."""
+    return statistics.fmean(math.inf if loss is None else loss for loss in row["losses"])
+
+
+def numbers(rows):
+    """Return the numbers of the claims."""
+    losses = {(row["name"], row["corrupted"]): mean(row) for row in rows}
+    base = losses["synchronous", False]
+    return {
+        "edit_over_synchronous_percent": 100 * (losses["edit", False] / base - 1),
+        "diloco_over_synchronous_percent": 100 * (losses["diloco", False] / base - 1),
+        "edit_corrupted_percent": 100 * (losses["edit", True] / base - 1),
+        "mean_corrupted_over_edit_percent": 100 * (losses["local_sgd", True] / losses["edit", True] - 1),
+    }
+
+
+def tables(results):
+    """Return the results in Markdown."""
+    base = mean(results["rows"][0])
+    lines = [
+        "| strategy | inner, outer lr | validation loss | against synchronous | rounds of all seeds "
+        "| left out, by replica |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        loss, spread = mean(row), (max(row["losses"]) - min(row["losses"])) / 2
+        outer = "" if row["outer_lr"] is None else f", {row['outer_lr']:g}"
+        left_out = [] if row["left_out"][0] is None else map(sum, zip(*row["left_out"], strict=True))
+        cells = [
+            row["name"] + (f", replica {FAULTY} corrupted" if row["corrupted"] else ""),
+            f"{row['lr']:g}{outer}{' (edge)' if row['at_edge'] else ''}",
+            f"{loss:.4f} ± {spread:.4f}",
+            f"{100 * (loss / base - 1):+.2f} %",
+            f"{sum(row['rounds'])}" if row["rounds"][0] else "–",
+            ", ".join(map(str, left_out)) or "–",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| EDiT, seed 0 | against synchronous | with corruption | left out, by replica: without, with "
+        "| contributors of 4 | clipped |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in results["variants"]:
+        clean, spoilt = row["clean"], row["corrupted"]
+        cells = [
+            row["words"],
+            f"{row['percent']:+.2f} %",
+            f"{row['corrupted_percent']:+.2f} %",
+            "; ".join(", ".join(map(str, result["left_out"])) for result in (clean, spoilt)),
+            f"{clean['effective_replicas']:.2f}; {spoilt['effective_replicas']:.2f}",
+            f"{clean['clip_share']:.1%}; {spoilt['clip_share']:.1%}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+page = partial(generated, FOLDER, table_of=tables)
+"""README.md with its tables made anew from the results."""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--report", action="store_true", help="only write the tables of README.md")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    readme = FOLDER / "README.md"
+    if options.report:
+        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
+    num_processes, began = (1 if options.smoke else options.processes), time.perf_counter()
+    trials = Trials(Path("runs") / "experiments", num_processes=num_processes)
+    results = Comparison(trials, smoke=options.smoke).run()
+    print(f"{tables(results)}\n")
+    holds = verdict(FOLDER, results["got"], smoke=options.smoke)
+    print(f"{time.perf_counter() - began:.0f} s")
+    if not options.smoke:
+        write_results(FOLDER, "comparison", results)
+        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    return 0 if holds or options.smoke else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
