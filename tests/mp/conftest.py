@@ -11,9 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
+from hardy.config import from_dict, override, to_dict
 from hardy.distributed.comm import join_world, leave_world
+from hardy.train.config import TrainConfig
 
 torch.compile(lambda: None, backend="eager")  # imports here, once, what each child's first DTensor call would
+
+
+@pytest.fixture
+def few_words(tmp_path):
+    """Return a run of a decoder of a few thousand parameters on files of a few words."""
+    for i in range(30):
+        (tmp_path / "text").mkdir(exist_ok=True)
+        words = [f"w{(i * 7 + j * (1 + i % 3)) % 23}" for j in range(80 + i)]
+        (tmp_path / "text" / f"{i:02d}.txt").write_text(" ".join(words))
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    changes = {
+        "model": {"name": "1m", "shape": shape | {"head_size": 12}},
+        "data": {"source": f"files:{tmp_path / 'text'}", "pack_tokens": 24, "validation_fraction": 0.2},
+        "optim": {"lr": 0.01, "schedule": {"warmup_steps": 3}},
+        "train": {"batch_packs": 8, "micro_packs": 1, "device": "cpu"},
+    }
+    return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
 
 
 @pytest.fixture

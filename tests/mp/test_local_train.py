@@ -16,26 +16,14 @@ pytestmark = pytest.mark.mp
 
 
 @pytest.fixture
-def config(tmp_path):
-    for i in range(30):
-        (tmp_path / "text").mkdir(exist_ok=True)
-        words = [f"w{(i * 7 + j * (1 + i % 3)) % 23}" for j in range(80 + i)]
-        (tmp_path / "text" / f"{i:02d}.txt").write_text(" ".join(words))
-    shape = {"hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+def config(few_words):
     changes = {
-        "model": {"name": "1m", "shape": shape | {"head_size": 12}},
-        "data": {"source": f"files:{tmp_path / 'text'}", "pack_tokens": 24, "validation_fraction": 0.2},
-        "optim": {"lr": 0.01, "schedule": {"warmup_steps": 3}},
-        "train": {
-            "steps": 16,
-            "batch_packs": 8,
-            "micro_packs": 1,
-            "evaluate_every_steps": 6,
-            "device": "cpu",
-        },
-        "checkpoint": {"every_steps": 5, "keep_last": 9},
+        "train.steps": 16,
+        "train.evaluate_every_steps": 6,
+        "checkpoint.every_steps": 5,
+        "checkpoint.keep_last": 9,
     }
-    return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
+    return from_dict(TrainConfig, override(to_dict(few_words), changes))
 
 
 def with_strategy(config, **settings):

@@ -15,26 +15,9 @@ STEPS = 20
 
 
 @pytest.fixture
-def config(tmp_path):
-    for i in range(30):
-        (tmp_path / "text").mkdir(exist_ok=True)
-        words = [f"w{(i * 7 + j * (1 + i % 3)) % 23}" for j in range(80 + i)]
-        (tmp_path / "text" / f"{i:02d}.txt").write_text(" ".join(words))
-    shape = {"hidden_size": 24, "intermediate_size": 40, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    changes = {
-        "model": {"name": "1m", "shape": shape | {"head_size": 12}},
-        "data": {"source": f"files:{tmp_path / 'text'}", "pack_tokens": 24, "validation_fraction": 0.2},
-        "optim": {"lr": 0.01, "schedule": {"warmup_steps": 3}},
-        "train": {
-            "steps": STEPS,
-            "batch_packs": 8,
-            "micro_packs": 1,
-            "evaluate_every_steps": 10,
-            "device": "cpu",
-        },
-        "checkpoint": {"every_steps": 10},
-    }
-    return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
+def config(few_words):
+    changes = {"train.steps": STEPS, "train.evaluate_every_steps": 10, "checkpoint.every_steps": 10}
+    return from_dict(TrainConfig, override(to_dict(few_words), changes))
 
 
 def curve(run_dir):
