@@ -75,7 +75,7 @@ def test_workers_stay_equal_to_the_bit(corpus):
 
 
 def test_virtual_time_is_the_slowest_workers_work_and_the_traffic(corpus):
-    """Per step one sum of 16 bytes and one of the gradients; one sum of 16 bytes for the validation loss."""
+    """Per step one sum of 16 bytes and one of the gradients; one sum of 24 bytes for the validation."""
     cluster = ClusterConfig(bandwidth_bytes_per_s=1e6, latency_s=0.001, slow_factors=(1.0, 3.0))
     world = SimWorld(2, cluster=cluster)
     config = make_config(train__evaluate_every_steps=STEPS)
@@ -84,7 +84,7 @@ def test_virtual_time_is_the_slowest_workers_work_and_the_traffic(corpus):
     def seconds(num_bytes):
         return costs.all_reduce(num_bytes, 2).seconds(bandwidth_bytes_per_s=1e6, latency_s=0.001)
 
-    meetings_s = STEPS * (seconds(weights.nbytes) + seconds(16)) + seconds(16)
+    meetings_s = STEPS * (seconds(weights.nbytes) + seconds(16)) + seconds(24)
     # Worker 1 works three times as long; after the last step nobody waits for it any more.
     assert world.report()[1].virtual_s == pytest.approx(STEPS * 0.3 + meetings_s)
     assert world.report()[0].virtual_s == pytest.approx((STEPS - 1) * 0.3 + 0.1 + meetings_s)

@@ -187,7 +187,7 @@ def test_killed_replicas_come_back_a_stop_is_saved_and_the_run_goes_on(launch):
     assert all_agree(run) == (step + 2 * EVERY, {0, 1, 2})
 
 
-def test_a_stopped_replica_is_left_out_after_the_time_out_and_joins_again_when_it_wakes(launch):
+def test_a_stopped_replica_is_left_out_after_the_time_out_and_comes_back_when_it_wakes(launch):
     run = launch(replicas=2).train("--strategy.timeout_s", "3")
     run.reaches(lambda line: line.get("round") == 3)
     stopped = run.signal(signal.SIGSTOP, 1)
@@ -195,8 +195,10 @@ def test_a_stopped_replica_is_left_out_after_the_time_out_and_joins_again_when_i
     assert without["redone"] >= 1 and run.running()[1].pid == stopped
     run.signal(signal.SIGCONT, 1)
     back = run.reaches(joined(1))
-    assert back["members"] == [0, 1] and run.running()[1].pid != stopped
-    assert "replica 1 was left out of generation" in run.said.read_text()
+    assert back["members"] == [0, 1]
+    # It may see that it was left out and be started again, or be taken in before it looks.
+    was_told = "replica 1 was left out of generation" in run.said.read_text()
+    assert was_told == (run.running()[1].pid != stopped)
     run.process.send_signal(signal.SIGINT)
     assert run.ends() == 130
 

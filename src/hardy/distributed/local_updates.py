@@ -85,7 +85,8 @@ class LocalUpdates(Strategy):
         self._asks_to_stop, self._stop_votes = False, 0
         self._is_wanted, self._has_met = False, False
         self._report: dict[str, Any] = {}
-        self._joined, self._redone, self._has_looked, self._sits_out = list[int](), 0, False, False
+        self._joined, self._met, self._redone = list[int](), list[int](), 0
+        self._has_looked, self._sits_out = False, False
 
     def before_forward(self) -> None:
         """Begin local training once the warm-up is over; begin a round that runs within this forward pass."""
@@ -432,9 +433,10 @@ class LocalUpdates(Strategy):
         counters = {key: getattr(self, key) for key in ("round", "rollbacks", "repairs")}
         if self.outer.is_elastic:
             members = list(self.outer.members)
-            counters |= {"generation": self.outer.generation, "members": members, "redone": self._redone}
-            counters["joined"] = [number for number in members if number in self._joined]
-            self._joined, self._redone = [], 0
+            joined = {*members} & {*self._joined} | {*members} - {*(self._met or members)}
+            counters |= {"generation": self.outer.generation, "members": members}
+            counters |= {"joined": sorted(joined), "redone": self._redone}
+            self._joined, self._redone, self._met = [], 0, members
         return counters | numbers | {"bytes_sent": self.outer.bytes_sent, "round_wait_s": self.wait_s}
 
     def _keep_leftovers(self, pending: Pending) -> None:
