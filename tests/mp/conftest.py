@@ -95,6 +95,11 @@ def _work(body, rank, size, timeout_s, folder):
             device_type="cpu",
             timeout_s=timeout_s,
         )
+        (folder / f"joined{rank}").touch()
+        while len(list(folder.glob("joined*"))) < size:  # nobody begins unless all can
+            if any(folder.glob("*.txt")):
+                sys.exit(1)
+            time.sleep(0.002)
         (folder / f"began{rank}").touch()
         result = body(comm)
         torch.save(result, folder / f"worker{rank}.pt")

@@ -275,7 +275,8 @@ def test_a_strategy_acts_before_a_unit_is_gathered(run_workers):
             table = model.embedding.weight.clone()
             strategy = Zeroer(model)
             watch_units(model, UNITS, strategy)
-            quiet = model(tokens, layout)
+            with torch.enable_grad():  # strategies act in training only
+                quiet = model(tokens, layout).detach()
         # Silent blocks pass their input on, so only the tied embedding and head are left.
         return strategy.names, torch.equal(quiet, table @ table.T), torch.equal(loud, quiet)
 

@@ -46,8 +46,9 @@ def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
     places = [(index, level) for index in range(count) for level in range(stack)]
     tall, channels = geometry.contracts == "cols", geometry.local_channels
     like = torch.empty((), dtype=bundle.dtype, device=bundle.device)
-    # What no gradient is there for is not swept.
-    make = like.new_empty if all(grad is not None for grad in bundle.grads) else like.new_zeros
+    # What has no gradient, or no part of one on this worker, is not swept.
+    is_swept = all(grad is not None and grad.numel() > 0 for grad in bundle.grads)
+    make = like.new_empty if is_swept else like.new_zeros
     sketch = make((count, stack, *((channels, rank) if tall else (rank, channels))))
     squares = make((count, stack, channels))
     bases = bases_of(bundle, geometry)
