@@ -1,5 +1,6 @@
 """From measured numbers to a verdict: claim, expected, got; and the result file with its circumstances."""
 
+import argparse
 import json
 import platform
 import subprocess
@@ -74,3 +75,24 @@ def generated(folder: Path, text: str, table_of: Callable[[dict[str, Any]], str]
     where = results["circumstances"]
     said = f"{where['machine']}, torch {where['torch']}, {where['time'][:10]}, commit {where['commit'][:7]}"
     return f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n\n{table_of(results)}\n\n{said}.\n{END}{after}"
+
+
+def command_line(folder, description, page, *, processes=2):
+    """Return an experiment's options; None where only README.md was to be written, which is done.
+
+    Args:
+        folder: of the experiment.
+        description: its first line is shown by --help.
+        page: from the text of README.md to the text with tables made anew.
+        processes: default of --processes.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true", help="seconds; shows that it runs, proves nothing")
+    parser.add_argument("--report", action="store_true", help="only write the tables of README.md")
+    parser.add_argument("--processes", type=int, default=processes)
+    options = parser.parse_args()
+    if not options.report:
+        return options
+    readme = folder / "README.md"
+    readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    return None

@@ -1,11 +1,10 @@
 """One experiment on optimizers of a small model, from names and claims to table, verdict and result file."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from claims import generated, verdict, write_results
+from claims import command_line, generated, verdict, write_results
 from optimizers import grid_of
 from training import Make, Row, Trials, as_table, compare
 
@@ -36,15 +35,10 @@ def main(
         claims: for each of `expected.toml`, the row and the row it is held against, in percent of loss.
         at_rate_of: further rows, each at the learning rate that was found for another.
     """
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--report", action="store_true", help="only write README.md from the results")
-    options = parser.parse_args()
-    readme = folder / "README.md"
-    if options.report:
-        readme.write_text(page(folder, readme.read_text()))
+    options = command_line(folder, description, lambda text: page(folder, text))
+    if options is None:
         return 0
+    readme = folder / "README.md"
     seeds, steps = ((0,), 6) if options.smoke else ((0, 1, 2), 300)
     num_processes = 1 if options.smoke else options.processes
     trials = Trials(dict(table), folder=Path("runs") / "experiments", num_processes=num_processes)

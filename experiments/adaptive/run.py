@@ -5,7 +5,6 @@ python experiments/adaptive/run.py --smoke    # seconds, proves nothing but that
 python experiments/adaptive/run.py --report   # writes the tables of README.md from results/comparison.json
 """
 
-import argparse
 import contextlib
 import logging
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
-from claims import circumstances, verdict, write_results  # noqa: E402  the path is set above
+from claims import circumstances, command_line, verdict, write_results  # noqa: E402  the path is set above
 from comparison import Comparison  # noqa: E402
 from report import generated, numbers, page  # noqa: E402
 from trials import NAN_STEPS, Trials  # noqa: E402
@@ -37,14 +36,8 @@ def quiet(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only write the tables of README.md")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    readme = FOLDER / "README.md"
-    if options.report:
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    options = command_line(FOLDER, __doc__, page)
+    if options is None:
         return 0
     num_processes = 1 if options.smoke else options.processes
     trials = Trials(folder=Path("runs") / "experiments" / "adaptive", num_processes=num_processes)

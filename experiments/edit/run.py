@@ -5,7 +5,6 @@ python experiments/edit/run.py --smoke    # seconds, proves nothing but that it 
 python experiments/edit/run.py --report   # writes the tables of README.md from results/comparison.json
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
-from claims import generated, verdict, write_results  # noqa: E402  the path is set above
+from claims import command_line, generated, verdict, write_results  # noqa: E402  the path is set above
 from trials import FAULTY, Trial, Trials  # noqa: E402
 
 STEPS, EVERY_STEPS = 2240, 32
@@ -191,15 +190,10 @@ page = partial(generated, FOLDER, table_of=tables)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only write the tables of README.md")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    readme = FOLDER / "README.md"
-    if options.report:
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    options = command_line(FOLDER, __doc__, page)
+    if options is None:
         return 0
+    readme = FOLDER / "README.md"
     num_processes, began = (1 if options.smoke else options.processes), time.perf_counter()
     trials = Trials(Path("runs") / "experiments", num_processes=num_processes)
     results = Comparison(trials, smoke=options.smoke).run()

@@ -5,7 +5,6 @@ python experiments/local_steps/run.py --smoke    # seconds, proves nothing but t
 python experiments/local_steps/run.py --report   # writes the tables of README.md from results/comparison.json
 """
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -18,7 +17,7 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import numpy  # noqa: E402  the path is set above
 import problems  # noqa: E402
-from claims import verdict, write_results  # noqa: E402
+from claims import command_line, verdict, write_results  # noqa: E402
 from plot import draw  # noqa: E402
 from runs import RUNS, measured  # noqa: E402
 from tables import numbers, page, rates_table, values_table  # noqa: E402
@@ -39,15 +38,10 @@ def run_all(num_processes, most_rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only write the tables of README.md")
-    parser.add_argument("--processes", type=int, default=2)
-    options = parser.parse_args()
-    readme = FOLDER / "README.md"
-    if options.report:
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    options = command_line(FOLDER, __doc__, page)
+    if options is None:
         return 0
+    readme = FOLDER / "README.md"
     num_processes, began = (1 if options.smoke else options.processes), time.perf_counter()
     runs = run_all(num_processes, SMOKE_ROUNDS if options.smoke else None)
     wall_s = time.perf_counter() - began

@@ -181,10 +181,6 @@ class TopK(Compression):
         self._provisional = {}
 
 
-COMPRESSIONS: dict[str, type[Compression]] = {"none": Full, "bf16": BF16, "int8": Int8, "topk": TopK}
-"""What `strategy.compression.name` may be."""
-
-
 def quantize_int8(x: Tensor, *, block: int) -> tuple[Tensor, Tensor]:
     """Return int8 values [..., c] and fp32 scales [..., ceil(c / block)] of fp32 [..., c].
 
