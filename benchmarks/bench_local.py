@@ -37,7 +37,7 @@ from hardy.distributed.config import (
 )
 from hardy.distributed.costs import barrier, compute_seconds
 from hardy.distributed.groups import Grid, split
-from hardy.distributed.local_updates import LocalUpdates
+from hardy.distributed.local.updates import LocalUpdates
 from hardy.distributed.simulation import SimComm, SimWorld
 from hardy.rng import generator_for
 

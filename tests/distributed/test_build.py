@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from hardy.config import ConfigError, from_dict
-from hardy.distributed.aggregation import Anchored, Mean, SoftmaxNorm, StepWeighted
-from hardy.distributed.anomaly import Finite, ZTest
 from hardy.distributed.build import STRATEGIES, Trained, build_strategy, local_parts
 from hardy.distributed.comm import Alone
-from hardy.distributed.compression import BF16, Full, Int8, TopK
 from hardy.distributed.config import AEDiTConfig, DiLoCoConfig, EDiTConfig, LocalSGDConfig, OuterTorchConfig
 from hardy.distributed.groups import split
-from hardy.distributed.local_updates import LocalUpdates
-from hardy.distributed.outer import OuterSGD, TorchOuter
+from hardy.distributed.local.anomaly import Finite, ZTest
+from hardy.distributed.local.averaging import Anchored, Mean, SoftmaxNorm, StepWeighted
+from hardy.distributed.local.compression import BF16, Full, Int8, TopK
+from hardy.distributed.local.outer import OuterSGD, TorchOuter
+from hardy.distributed.local.triggers import EverySeconds, EverySteps
+from hardy.distributed.local.updates import LocalUpdates
 from hardy.distributed.strategy import Synchronous
-from hardy.distributed.triggers import EverySeconds, EverySteps
 from hardy.train.config import TrainConfig
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hardy.distributed.comm import TorchComm, WorkerLostError
-from hardy.distributed.compression import BF16, Full, Int8, TopK
 from hardy.distributed.groups import split
+from hardy.distributed.local.compression import BF16, Full, Int8, TopK
 from hardy.distributed.simulation import SimWorld
 from hardy.rng import generator_for
 

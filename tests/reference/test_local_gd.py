@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from hardy.distributed.aggregation import Anchored
-from hardy.distributed.drift import drift as engine_drift
+from hardy.distributed.local.averaging import Anchored
+from hardy.distributed.local.drift import drift as engine_drift
 from hardy.reference import local_gd as gd
 
 SKEWED = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)

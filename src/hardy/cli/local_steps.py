@@ -6,7 +6,7 @@ import dataclasses
 from hardy.cli.failure import SUCCESS
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
-from hardy.distributed.local_steps import WARNING, plan_local_steps
+from hardy.distributed.local.steps import WARNING, plan_local_steps
 
 
 def add_local_steps(parser: Parser) -> None:

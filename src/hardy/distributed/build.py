@@ -10,10 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hardy.config import read_arguments
-from hardy.distributed.aggregation import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
-from hardy.distributed.anomaly import AnomalyGuard, Finite, ZTest
 from hardy.distributed.comm import Communicator
-from hardy.distributed.compression import BF16, Compression, Full, Int8, TopK
 from hardy.distributed.config import (
     AEDiTConfig,
     AnomalyConfig,
@@ -30,14 +27,17 @@ from hardy.distributed.config import (
     SynchronousConfig,
 )
 from hardy.distributed.groups import FixedGroup, Grid, OuterGroup
-from hardy.distributed.lane import Lane
-from hardy.distributed.local_round import Manner, Parts
-from hardy.distributed.local_updates import LocalUpdates
-from hardy.distributed.outer import OuterOptimizer, OuterSGD, TorchOuter
+from hardy.distributed.local.anomaly import AnomalyGuard, Finite, ZTest
+from hardy.distributed.local.averaging import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
+from hardy.distributed.local.compression import BF16, Compression, Full, Int8, TopK
+from hardy.distributed.local.lane import Lane
+from hardy.distributed.local.outer import OuterOptimizer, OuterSGD, TorchOuter
+from hardy.distributed.local.round import Manner, Parts
+from hardy.distributed.local.triggers import EverySeconds, EverySteps, Trigger
+from hardy.distributed.local.units import Units
+from hardy.distributed.local.updates import LocalUpdates
 from hardy.distributed.sharded import bare
 from hardy.distributed.strategy import Strategy, Synchronous, watch_units
-from hardy.distributed.triggers import EverySeconds, EverySteps, Trigger
-from hardy.distributed.units import Units
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from hardy.distributed.comm import Communicator
 from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.elastic import Patience, StoreGroup
 from hardy.distributed.groups import OuterGroup
-from hardy.distributed.local_updates import LocalUpdates
+from hardy.distributed.local.updates import LocalUpdates
 from hardy.distributed.strategy import Strategy
 from hardy.train import manifest
 from hardy.train.config import TrainConfig

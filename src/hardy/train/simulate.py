@@ -25,7 +25,7 @@ from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.comm import Alone, WorkerLostError
 from hardy.distributed.config import ClusterConfig, LocalUpdateConfig
 from hardy.distributed.groups import Grid, SimGroup, split
-from hardy.distributed.local_updates import LocalUpdates
+from hardy.distributed.local.updates import LocalUpdates
 from hardy.distributed.simulation import SimComm, SimWorld
 from hardy.model.build import build_model
 from hardy.model.decoder import unit_names

@@ -15,7 +15,7 @@ import numpy as np
 from hardy.distributed import costs
 from hardy.distributed.config import CompressionConfig, LocalUpdateConfig, OuterSGDConfig
 from hardy.distributed.costs import Link, Traffic
-from hardy.distributed.triggers import EverySteps
+from hardy.distributed.local.triggers import EverySteps
 from hardy.train.parameter_memory import decoder_weights
 from hardy.train.simulate_config import SimulationConfig, lives_of
 from hardy.train.simulate_fleet import Fleet, MemberLostError

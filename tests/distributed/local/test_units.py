@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hardy.distributed.units import Units
+from hardy.distributed.local.units import Units
 
 
 def tied():

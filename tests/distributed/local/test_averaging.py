@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
-from hardy.distributed.aggregation import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
+from hardy.distributed.local.averaging import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
 
 INF, NAN = float("inf"), float("nan")
 NORM = st.one_of(st.floats(0, 1e6), st.sampled_from([0.0, 1e-300, 1e300, INF, NAN]))

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
-from hardy.distributed.triggers import EverySeconds, EverySteps
+from hardy.distributed.local.triggers import EverySeconds, EverySteps
 
 UNIX_S = 1.8e9
 

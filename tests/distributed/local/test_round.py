@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hardy.distributed.comm import Alone
-from hardy.distributed.local_round import Pending, Table, describe
+from hardy.distributed.local.round import Pending, Table, describe
 from hardy.distributed.simulation import SimWorld
 
 

@@ -1,6 +1,6 @@
 """What a round of local-update training is made of: its parts, its table, its exchanges, its report.
 
-Letters as in `local_updates`.
+Letters as in `updates`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hardy.distributed.aggregation import Aggregation
-from hardy.distributed.anomaly import AnomalyGuard
 from hardy.distributed.comm import Communicator
-from hardy.distributed.compression import Compression
-from hardy.distributed.drift import effective_contributors
-from hardy.distributed.outer import OuterOptimizer
-from hardy.distributed.triggers import Trigger
+from hardy.distributed.local.anomaly import AnomalyGuard
+from hardy.distributed.local.averaging import Aggregation
+from hardy.distributed.local.compression import Compression
+from hardy.distributed.local.drift import effective_contributors
+from hardy.distributed.local.outer import OuterOptimizer
+from hardy.distributed.local.triggers import Trigger
 
 
 @dataclass(frozen=True, kw_only=True)

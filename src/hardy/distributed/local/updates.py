@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hardy.distributed import inner_state, local_state
-from hardy.distributed.anomaly import AnomalyGuard
 from hardy.distributed.comm import Alone, Communicator, WorkerLostError
 from hardy.distributed.groups import ExcludedError, OuterGroup
-from hardy.distributed.lane import Lane
-from hardy.distributed.local_round import Exchanged, Manner, Parts, Pending, Table, check_alike, describe
+from hardy.distributed.local import inner_state
+from hardy.distributed.local import state as local_state
+from hardy.distributed.local.anomaly import AnomalyGuard
+from hardy.distributed.local.lane import Lane
+from hardy.distributed.local.round import Exchanged, Manner, Parts, Pending, Table, check_alike, describe
+from hardy.distributed.local.triggers import EverySteps
+from hardy.distributed.local.units import Units
 from hardy.distributed.sharded import local_part
 from hardy.distributed.strategy import BUCKET_BYTES, Strategy, buckets
-from hardy.distributed.triggers import EverySteps
-from hardy.distributed.units import Units
 
 _NEVER = 1 << 62
 _EPSILON = 1e-6

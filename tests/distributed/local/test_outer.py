@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
-from hardy.distributed.aggregation import SoftmaxNorm, StepWeighted
-from hardy.distributed.anomaly import ZTest
-from hardy.distributed.outer import STEPS, OuterSGD, TorchOuter
+from hardy.distributed.local.anomaly import ZTest
+from hardy.distributed.local.averaging import SoftmaxNorm, StepWeighted
+from hardy.distributed.local.outer import STEPS, OuterSGD, TorchOuter
 from hardy.reference.edit import Settings, edit, start
 
 ADAM = {"lr": 0.02, "betas": (0.8, 0.95)}

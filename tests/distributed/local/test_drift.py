@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
-from hardy.distributed.drift import Drift, Watch, cosine_to_mean, drift, effective_contributors
+from hardy.distributed.local.drift import Drift, Watch, cosine_to_mean, drift, effective_contributors
 from hardy.reference import local_gd
 
 NAN = float("nan")

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hardy.config import UserError
-from hardy.distributed import local_state
+from hardy.distributed.local import state as local_state
+from hardy.distributed.local.units import Units
 from hardy.distributed.simulation import SimWorld
-from hardy.distributed.units import Units
 
 
 def units_of():

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from hardy.distributed import inner_state
 from hardy.distributed.comm import Alone
+from hardy.distributed.local import inner_state
 from hardy.distributed.simulation import SimWorld
 
 

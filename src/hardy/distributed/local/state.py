@@ -16,12 +16,12 @@ from torch import Tensor
 
 from hardy.config import UserError
 from hardy.distributed.comm import Communicator
-from hardy.distributed.local_round import Exchanged, Pending, Table
+from hardy.distributed.local.round import Exchanged, Pending, Table
+from hardy.distributed.local.units import Units
 from hardy.distributed.sharded import local_part
-from hardy.distributed.units import Units
 
 if TYPE_CHECKING:
-    from hardy.distributed.local_updates import LocalUpdates
+    from hardy.distributed.local.updates import LocalUpdates
 
 Vectors = dict[str, Tensor]
 """`PART/UNIT/NAME` -> fp32 [n]."""

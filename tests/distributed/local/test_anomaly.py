@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
-from hardy.distributed.anomaly import COUNTERS, Finite, ZTest
+from hardy.distributed.local.anomaly import COUNTERS, Finite, ZTest
 from hardy.reference.edit import Settings, Stats, anomalous, learn
 
 INF, NAN = float("inf"), float("nan")

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from hardy.distributed.lane import Lane
+from hardy.distributed.local.lane import Lane
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hardy.distributed.comm import Alone
-from hardy.distributed.compression import (
+from hardy.distributed.local.compression import (
     BF16,
     Full,
     Int8,

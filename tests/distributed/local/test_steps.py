@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
-from hardy.distributed.local_steps import WARNING, plan_local_steps
+from hardy.distributed.local.steps import WARNING, plan_local_steps
 
 
 def overhead_of(local_steps, *, step_s, exchange_s):
@@ -89,5 +89,5 @@ def test_seconds_that_are_none_are_refused(value):
 
 
 def test_planning_needs_no_torch():
-    code = "import sys, hardy.distributed.local_steps; assert 'torch' not in sys.modules"
+    code = "import sys, hardy.distributed.local.steps; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
