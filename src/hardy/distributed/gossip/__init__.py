@@ -1,0 +1,1 @@
+"""Training without a meeting of all: each worker sends to a few neighbours."""

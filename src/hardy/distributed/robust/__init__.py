@@ -1,0 +1,1 @@
+"""Training with workers that are slow, fail or lie."""
