@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import MISSING, FrozenInstanceError, dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from hardy.config import (
     Text,
     UnitFloat,
     UserError,
+    class_at,
     from_dict,
     keep_known,
     override,
@@ -525,3 +527,26 @@ def test_a_variant_may_be_chosen_by_any_name_of_a_kind():
 def test_names_that_belong_to_no_variant_are_refused_with_the_pattern_shown():
     with pytest.raises(ConfigError, match=r"no drive.name 'tog.large'.*tug.KIND"):
         from_dict(Barge, {"drive": {"name": "tog.large"}})
+
+
+def test_a_class_is_found_by_its_path():
+    assert class_at("collections.OrderedDict", dict, kind="table") is OrderedDict
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("collections.OrderedDirt", r"did you mean 'collections.OrderedDict'\?"),
+        ("collections.abc", "there is no table 'collections.abc'"),
+        ("collections.deque", "there is no table 'collections.deque'"),
+        ("builtins.dict", "there is no table 'builtins.dict'"),
+        (
+            "colections.X",
+            r"table 'colections.X': the module colections cannot be imported \(No module.*module.Class",
+        ),
+        ("OrderedDict", "table 'OrderedDict': give module.Class"),
+    ],
+)
+def test_a_wrong_path_is_refused(path, text):
+    with pytest.raises(ConfigError, match=text):
+        class_at(path, dict, kind="table")

@@ -1,6 +1,6 @@
 """EDiT, DiLoCo and local SGD against synchronous training at equal tokens; see README.md.
 
-python experiments/edit/run.py            # about twelve minutes on one idle core, half on two
+python experiments/edit/run.py            # half an hour on one busy core, some 12 minutes on an idle one
 python experiments/edit/run.py --smoke    # seconds, proves nothing but that it runs
 python experiments/edit/run.py --report   # writes the tables of README.md from results/comparison.json
 """
@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -19,33 +18,38 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 from claims import command_line, generated, verdict, write_results  # noqa: E402  the path is set above
 from trials import FAULTY, Trial, Trials  # noqa: E402
 
-STEPS, EVERY_STEPS = 2240, 32
-SMOKE_STEPS, SMOKE_EVERY_STEPS = 12, 2
+STEPS, EVERY_STEPS, PACK_TOKENS = 2240, 32, 512
+SMOKE_STEPS, SMOKE_EVERY_STEPS, SMOKE_PACK_TOKENS = 12, 2, 128
 SEEDS = (0, 1, 2)
-RATES = (0.016, 0.032, 0.064, 0.128)
-MOMENTUM = {"local_sgd": 0.0, "diloco": 0.9, "edit": 0.85}
-OUTER_RATES = {"local_sgd": (1.0,), "diloco": (0.7, 1.0), "edit": (0.8, 1.0)}
-INNER_RATES = {"synchronous": RATES, "local_sgd": RATES, "diloco": (0.032, 0.064), "edit": (0.032, 0.064)}
-"""Four trials for each: inner rates x outer rates."""
-CORRUPTED = ("local_sgd", "diloco", "edit")
+RATES = (0.016, 0.032, 0.048, 0.064)
+"""Of the inner optimizer; every strategy is tried with each."""
+STRATEGIES = ("synchronous", "local_sgd", "diloco", "edit")
+CORRUPTED = ("local_sgd", "edit")
+OUTER = {"outer.name": "sgd", "outer.lr": 1.0, "outer.momentum": 0.5, "outer.nesterov": True}
+"""Of DiLoCo and EDiT; chosen on seed 0 before, see README.md."""
 VARIANTS = {
-    "rounds of 8 steps": {"every_steps": 8},
-    "temperature 0.1 of the mean norm": {"relative_temperature": True, "temperature": 0.1},
-    "no clip": {"clip_norm": None},
-    "z-test from 1.5 spreads": {"anomaly.delta": 1.5},
+    "norms as they are": {"anomaly.relative_to_rate": False},
+    "norms as they are, temperature 0.1 of the mean norm": {
+        "anomaly.relative_to_rate": False,
+        "relative_temperature": True,
+        "temperature": 0.1,
+    },
+    "outer lr 0.8, momentum 0.85": {"outer.lr": 0.8, "outer.momentum": 0.85},
 }
 """What else EDiT could be set to, tried on the first seed, with and without corruption."""
+LENGTHS = (560, 1120, STEPS, 2 * STEPS)
+"""In steps, of the runs that show how the gap depends on the number of rounds."""
 
 
-def settings(name, *, outer_lr, steps, every_steps):
+def settings(name, *, steps, every_steps):
     """Return the settings of a strategy, warm-up a twentieth of the run."""
     if name == "synchronous":
         return {"name": name}
     result = {"name": name, "every_steps": every_steps, "warmup_steps": steps // 20}
-    result |= {"outer.name": "sgd", "outer.lr": outer_lr, "outer.momentum": MOMENTUM[name]}
-    result |= {"outer.nesterov": MOMENTUM[name] > 0}
+    if name != "local_sgd":
+        result |= OUTER
     if name == "edit":
-        result |= {"anomaly.name": "ztest", "anomaly.warmup_rounds": 5}
+        result |= {"anomaly.name": "ztest", "anomaly.warmup_rounds": 5, "anomaly.relative_to_rate": True}
     return result
 
 
@@ -55,18 +59,32 @@ class Comparison:
     def __init__(self, trials, *, smoke):
         self.trials, self.smoke = trials, smoke
         self.steps = SMOKE_STEPS if smoke else STEPS
+        self.pack_tokens = SMOKE_PACK_TOKENS if smoke else PACK_TOKENS
         self.seeds = SEEDS[:1] if smoke else SEEDS
 
     def run(self):
         """Return rows, variants and the numbers that the claims are about."""
-        grids = {name: self._grid(name) for name in INNER_RATES}
+        grids = {
+            name: [self._trial(name, lr) for lr in RATES[: 1 if self.smoke else None]] for name in STRATEGIES
+        }
+        grids["alone"] = [changed(trial, replicas=1) for trial in grids["synchronous"]]
         tuning = self.trials.results([trial for grid in grids.values() for trial in grid])
         best = {name: min(grid, key=lambda trial: loss_of(tuning[trial])) for name, grid in grids.items()}
         rows = [self._row(name, trial, grids[name]) for name, trial in best.items()]
         rows += [self._row(name, changed(best[name], corrupted=True), []) for name in CORRUPTED]
         base = loss_of(tuning[best["synchronous"]])
-        told = [self._variant(best["edit"], words, base=base) for words in ("as tuned", *VARIANTS)]
-        return {"rows": rows, "variants": told, "got": numbers(rows), "steps": self.steps}
+        told = [self._variant(best["edit"], words, base=base) for words in ("as above", *VARIANTS)]
+        gaps = [] if self.smoke else self._gaps(best)
+        return {"rows": rows, "variants": told, "gaps": gaps, "got": numbers(rows), "steps": self.steps}
+
+    def _gaps(self, best):
+        """Return how far EDiT is above synchronous training in longer and shorter runs, rates as above."""
+        found = []
+        for steps in LENGTHS:
+            pair = [self._trial(name, best[name].lr, steps=steps) for name in ("synchronous", "edit")]
+            losses = [loss_of(result) for result in self.trials.results(pair).values()]
+            found.append({"steps": steps, "losses": losses, "percent": 100 * (losses[1] / losses[0] - 1)})
+        return found
 
     def _variant(self, trial, words, *, base):
         """Return EDiT with other settings on the first seed, in percent above synchronous training."""
@@ -81,20 +99,12 @@ class Comparison:
             "corrupted": found[spoilt],
         }
 
-    def _grid(self, name):
-        every_steps = SMOKE_EVERY_STEPS if self.smoke else EVERY_STEPS
-        rates = list(product(INNER_RATES[name], OUTER_RATES.get(name, (None,))))
-        return [
-            Trial(
-                strategy=tuple(
-                    settings(name, outer_lr=outer_lr, steps=self.steps, every_steps=every_steps).items()
-                ),
-                lr=lr,
-                seed=self.seeds[0],
-                steps=self.steps,
-            )
-            for lr, outer_lr in (rates[:1] if self.smoke else rates)
-        ]
+    def _trial(self, name, lr, *, steps=None):
+        """Return the training of a strategy on the first seed."""
+        steps, every_steps = steps or self.steps, SMOKE_EVERY_STEPS if self.smoke else EVERY_STEPS
+        chosen = tuple(settings(name, steps=steps, every_steps=every_steps).items())
+        seed = self.seeds[0]
+        return Trial(strategy=chosen, lr=lr, seed=seed, steps=steps, pack_tokens=self.pack_tokens)
 
     def _row(self, name, trial, grid):
         """Return a strategy at the rates that were chosen, on all seeds."""
@@ -104,12 +114,15 @@ class Comparison:
             "name": name,
             "corrupted": trial.corrupted,
             "lr": trial.lr,
-            "outer_lr": dict(trial.strategy).get("outer.lr"),
             "at_edge": len(set(inner)) > 1 and trial.lr in (inner[0], inner[-1]),
             "losses": [result["loss"] for result in results.values()],
             "rounds": [result.get("rounds", 0) for result in results.values()],
             "left_out": [result.get("left_out") for result in results.values()],
         }
+
+
+NAMES = {"alone": "one replica alone, a quarter of the bytes"}
+"""Of rows that are no strategy."""
 
 
 def changed(trial, **changes):
@@ -148,17 +161,17 @@ def tables(results):
     """Return the results in Markdown."""
     base = mean(results["rows"][0])
     lines = [
-        "| strategy | inner, outer lr | validation loss | against synchronous | rounds of all seeds "
+        "| strategy | inner lr | validation loss | against synchronous | rounds of all seeds "
         "| left out, by replica |",
         "|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         loss, spread = mean(row), (max(row["losses"]) - min(row["losses"])) / 2
-        outer = "" if row["outer_lr"] is None else f", {row['outer_lr']:g}"
         left_out = [] if row["left_out"][0] is None else map(sum, zip(*row["left_out"], strict=True))
         cells = [
-            row["name"] + (f", replica {FAULTY} corrupted" if row["corrupted"] else ""),
-            f"{row['lr']:g}{outer}{' (edge)' if row['at_edge'] else ''}",
+            NAMES.get(row["name"], row["name"])
+            + (f", replica {FAULTY} corrupted" if row["corrupted"] else ""),
+            f"{row['lr']:g}{' (edge)' if row['at_edge'] else ''}",
             f"{loss:.4f} ± {spread:.4f}",
             f"{100 * (loss / base - 1):+.2f} %",
             f"{sum(row['rounds'])}" if row["rounds"][0] else "–",
@@ -182,6 +195,16 @@ def tables(results):
             f"{clean['clip_share']:.1%}; {spoilt['clip_share']:.1%}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| steps, seed 0 | rounds | synchronous | EDiT | EDiT above synchronous |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["gaps"]:
+        synchronous, edit = row["losses"]
+        rounds = -(-(row["steps"] - row["steps"] // 20) // EVERY_STEPS)
+        cells = [f"{row['steps']}", f"{rounds}", f"{synchronous:.4f}", f"{edit:.4f}"]
+        lines.append("| " + " | ".join([*cells, f"{row['percent']:+.2f} %"]) + " |")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -35,7 +36,7 @@ VOCABULARY, NUM_BYTES = 258, 256
 SETTINGS = {
     "data.source": "pydocs",
     "data.limit_mb": 8,
-    "data.pack_tokens": 512,
+    "optim.beta2": 0.999,
     "optim.schedule.final_fraction": 0.0,
 }
 VALIDATION_TOKENS = 65536
@@ -51,8 +52,12 @@ class Trial:
     """Of the inner optimizer, AdamW."""
     seed: int
     steps: int
+    pack_tokens: int
+    """Bytes that a replica reads in a step."""
     corrupted: bool = False
     """Whether one replica reads random bytes from a third of the run on."""
+    replicas: int = NUM_REPLICAS
+    """How many train; one alone reads what the first of four would."""
 
 
 class NextByte(nn.Module):
@@ -77,16 +82,27 @@ class NextByte(nn.Module):
             nn.init.normal_(param, std=std if param.ndim == 2 else 0.0, generator=generator)
 
 
+@cache
+def corpus_of(config):
+    """Return the corpus, prepared once in a process."""
+    return prepare(config, cache_dir=Path(tempfile.gettempdir()) / "hardy-experiments")
+
+
 class Replica:
     """One worker's side of a training."""
 
     def __init__(self, comm, trial):
         self.trial, self.rank = trial, comm.rank
         changes = SETTINGS | {f"strategy.{key}": value for key, value in trial.strategy}
-        changes |= {"train.steps": trial.steps, "train.seed": trial.seed, "optim.lr": trial.lr}
+        changes |= {
+            "data.pack_tokens": trial.pack_tokens,
+            "train.steps": trial.steps,
+            "train.seed": trial.seed,
+            "optim.lr": trial.lr,
+        }
         changes["optim.schedule.warmup_steps"] = trial.steps // 50
         config = from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
-        corpus = prepare(config.data, cache_dir=Path(tempfile.gettempdir()) / "hardy-experiments")
+        corpus = corpus_of(config.data)
 
         def stream(store, num_epochs):
             return PackStream(
@@ -127,7 +143,7 @@ class Replica:
         rounds = []
         for step in range(self.trial.steps):
             batch = self._batch(step)
-            num_targets = batch.num_targets * NUM_REPLICAS
+            num_targets = batch.num_targets * self.trial.replicas
             rate = self.schedule.rate(step)
             train_step(self.worker, [batch], num_targets=num_targets, lr=rate, wants_stop=False)
             report = self.strategy.take_report()
@@ -137,7 +153,7 @@ class Replica:
 
     def loss(self):
         """Return the loss of the anchor on the same held-out packs for all, in nats per byte."""
-        most = VALIDATION_TOKENS // SETTINGS["data.pack_tokens"]
+        most = VALIDATION_TOKENS // self.trial.pack_tokens
         batch = self.held_out.batch(range(min(most, self.held_out.num_packs)))
         with torch.no_grad(), self.strategy.evaluation_parameters():
             return self.model(batch.tokens_T, batch.layout, batch.labels_T).item() / batch.num_targets
@@ -163,7 +179,7 @@ def train(trial):
         return replica.loss(), rounds
 
     with denormals_flushed():
-        results = SimWorld(NUM_REPLICAS, seed=trial.seed).run(body)
+        results = SimWorld(trial.replicas, seed=trial.seed).run(body)
     losses = [loss for loss, _ in results]
     if len({str(loss) for loss in losses}) != 1:
         raise RuntimeError(f"the replicas do not agree on the loss of the anchor: {losses}")

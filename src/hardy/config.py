@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import sys
@@ -102,6 +103,7 @@ class Text(str):
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+ClassT = TypeVar("ClassT")
 
 
 def from_dict(cls: type[ConfigT], data: Mapping[str, Any], *, path: str = "") -> ConfigT:
@@ -245,6 +247,40 @@ def unknown_name(name: str, kind: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.removeprefix(shared), ends, n=1, cutoff=0.5)
     hint = f"; did you mean {shared + close[0]!r}?" if close else "."
     return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
+
+
+def class_at(path: str, base: type[ClassT], *, kind: str) -> type[ClassT]:
+    """Import and return the class at a dotted path.
+
+    Args:
+        path: of the class, with its module.
+        base: what it must derive from.
+        kind: what such a class is called in the text of a refusal.
+
+    Raises:
+        ConfigError: no such module, or no such class in it; the text says which is nearest.
+
+    Example:
+        >>> class_at("decimal.Rounded", ArithmeticError, kind="error").__name__
+        'Rounded'
+    """
+    home, _, leaf = path.rpartition(".")
+    if not home:
+        raise ConfigError(f"{kind} {path!r}: give module.Class")
+    try:
+        module = importlib.import_module(home)
+    except ImportError as error:
+        raise ConfigError(
+            f"{kind} {path!r}: the module {home} cannot be imported ({error}); give module.Class"
+        ) from error
+    classes = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, base) and value is not base
+    }
+    if leaf not in classes:
+        raise ConfigError(unknown_name(path, kind, [f"{home}.{name}" for name in classes]))
+    return classes[leaf]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import pytest
 
 from hardy.cli import workers
 from hardy.cli.workers import Crew, joint_code, run_replicas, run_workers, worker_environment
+from hardy.distributed.elastic import StoreHost
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, mo
         workers.subprocess, "Popen", lambda command, **rest: real([sys.executable, str(script)], **rest)
     )
     monkeypatch.delenv("HARDY_MEETING", raising=False)
-    assert run_replicas(1, ["train", "tiny"], max_restarts=3) == 0
+    assert run_replicas(1, ["train", "tiny"], StoreHost(), max_restarts=3) == 0
     assert (tmp_path / "0-0").read_text().startswith("127.0.0.1:")
-    assert run_replicas(2, ["train", "tiny"], max_restarts=0) == 0
+    assert run_replicas(2, ["train", "tiny"], StoreHost(), max_restarts=0) == 0
     assert not (tmp_path / "1-1").exists()

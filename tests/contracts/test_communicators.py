@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from hardy.distributed import costs
-from hardy.distributed.comm import Alone, GlooComm
+from hardy.distributed.comm import Alone
+from hardy.distributed.gloo import GlooComm
 from hardy.distributed.groups import FixedGroup, SimGroup, split
 from hardy.distributed.simulation import SimWorld
 
@@ -247,6 +248,97 @@ def test_clocks_run_forward(world):
         return comm.clock.now() - before_s
 
     assert all(passed_s >= 0.001 for passed_s in world(body))
+
+
+POSTAL = [param for param in WORLDS if "group" not in param.id or param.id == "bare-gloo-3"]
+"""The worlds with mail: groups of replicas that come and go have none."""
+
+
+@pytest.fixture(params=[param for param in POSTAL if param.values[0][1] > 1])
+def postal_world(request):
+    return enter(request)
+
+
+@pytest.fixture(params=[param for param in POSTAL if param.values[0][1] == 1])
+def lonely_world(request):
+    return enter(request)
+
+
+def test_mail_goes_around_in_any_dtype_and_shape_and_with_tags_out_of_order(postal_world):
+    def body(comm):
+        following, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+        for tag, dtype in enumerate(ANY_DTYPES):
+            comm.post(of_rank(comm.rank, dtype).t(), to=following, tag=tag)
+        comm.post(torch.tensor(2.5 + comm.rank), to=following, tag=50)
+        comm.post(torch.zeros(0, 3), to=following, tag=51)
+        shapes = [comm.take(torch.zeros(0, 3), source=before, tag=51).shape]
+        number = comm.take(torch.tensor(0.0), source=before, tag=50)
+        taken = [
+            comm.take(torch.empty(3, 2, dtype=dtype), source=before, tag=tag)
+            for tag, dtype in reversed(list(enumerate(ANY_DTYPES)))
+        ]
+        comm.finish_posts()
+        return before, shapes, number, taken[::-1]
+
+    for before, shapes, number, taken in postal_world(body):
+        assert shapes == [(0, 3)] and number.item() == 2.5 + before and number.shape == ()
+        for dtype, got in zip(ANY_DTYPES, taken, strict=True):
+            want = of_rank(before, dtype).t().contiguous()
+            assert got.dtype == dtype and torch.equal(got.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_posts_with_one_tag_are_taken_in_their_order_and_hold_what_was_posted(postal_world):
+    def body(comm):
+        peers = [rank for rank in range(comm.size) if rank != comm.rank]
+        for size in (3, 300_000):
+            x = torch.full((size,), float(comm.rank), requires_grad=True)
+            for _ in range(3):
+                for peer in peers:
+                    comm.post(x, to=peer, tag=7)
+                x = (x.detach() + 10.0).requires_grad_()
+            with torch.no_grad():
+                x.fill_(-1.0)
+            seen = [
+                (peer, round_, comm.take(torch.empty(size), source=peer, tag=7))
+                for round_ in range(3)
+                for peer in peers
+            ]
+            for peer, round_, got in seen:
+                assert torch.equal(got, torch.full((size,), peer + 10.0 * round_))
+                assert not got.requires_grad
+                got.zero_()
+            comm.finish_posts()
+        return comm.bytes_sent
+
+    answers = postal_world(body)
+    n = len(answers)
+    assert answers == [(n - 1) * 3 * 4 * (3 + 300_000)] * n
+
+
+def test_mail_with_nobody_is_refused(postal_world):
+    def body(comm):
+        refusals = []
+        for peer in (comm.rank, comm.size, -1):
+            for call in (comm.post, comm.take):
+                key = "to" if call == comm.post else "source"
+                with pytest.raises(ValueError, match="has mail with another rank from 0 to") as refusal:
+                    call(torch.ones(2), **{key: peer}, tag=0)
+                refusals.append(str(refusal.value))
+        return refusals, comm.bytes_sent
+
+    for rank, (refusals, sent) in enumerate(postal_world(body)):
+        assert refusals[0].startswith(f"worker {rank} has mail") and sent == 0 and len(refusals) == 6
+
+
+def test_a_lonely_worker_has_no_mail(lonely_world):
+    def body(comm):
+        for call, key in ((comm.post, "to"), (comm.take, "source")):
+            with pytest.raises(ValueError, match="mail needs another worker, and there is only one"):
+                call(torch.ones(2), **{key: 0}, tag=0)
+        comm.finish_posts()
+        return "refused"
+
+    assert lonely_world(body) == ["refused"]
 
 
 @pytest.mark.parametrize("shape", ["one replica", "one worker each", "part of the world"])

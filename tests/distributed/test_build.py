@@ -1,6 +1,7 @@
 """From settings to a strategy and its parts."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hardy.config import ConfigError, from_dict
 from hardy.distributed.build import STRATEGIES, Trained, build_strategy, local_parts
 from hardy.distributed.comm import Alone
 from hardy.distributed.config import AEDiTConfig, DiLoCoConfig, EDiTConfig, LocalSGDConfig, OuterTorchConfig
+from hardy.distributed.gossip.push_sum import PushSum
 from hardy.distributed.groups import split
 from hardy.distributed.local.anomaly import Finite, ZTest
 from hardy.distributed.local.averaging import Anchored, Mean, SoftmaxNorm, StepWeighted
@@ -17,6 +19,8 @@ from hardy.distributed.local.compression import BF16, Full, Int8, TopK
 from hardy.distributed.local.outer import OuterSGD, TorchOuter
 from hardy.distributed.local.triggers import EverySeconds, EverySteps
 from hardy.distributed.local.updates import LocalUpdates
+from hardy.distributed.robust.fastest_strategy import FastestRobust
+from hardy.distributed.robust.strategy import Robust
 from hardy.distributed.strategy import Synchronous
 from hardy.train.config import TrainConfig
 
@@ -27,13 +31,38 @@ def configured(**settings):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_name_in_the_table_is_a_setting_and_builds(name):
-    config = configured(name=name)
+    config = configured(name=name, **({"f": 0} if name in ("robust", "dstar") else {}))
     model = nn.Sequential(nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     grid = split(Alone(), replicas=1, shards=1)
-    trained = Trained(model=model, optimizer=optimizer, unit_names=["0"], comm=Alone(), grid=grid)
-    kind = Synchronous if name == "synchronous" else LocalUpdates
-    assert type(build_strategy(config, trained)) is kind
+    trained = Trained(
+        model=model,
+        optimizer=optimizer,
+        unit_names=["0"],
+        comm=Alone(),
+        grid=grid,
+        draw_trusted=lambda _number: None,
+    )
+    kinds = {"synchronous": Synchronous, "push_sum": PushSum, "robust": Robust, "dstar": Robust}
+    assert type(build_strategy(config, trained)) is kinds.get(name, LocalUpdates)
+
+
+def test_the_fastest_are_another_strategy_and_k_is_checked():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grid = replace(split(Alone(), replicas=1, shards=1), replicas=5)
+    trained = Trained(
+        model=model,
+        optimizer=optimizer,
+        unit_names=[],
+        comm=Alone(),
+        grid=grid,
+        elect=lambda _step: pytest.fail("nobody makes a step"),
+    )
+    config = configured(name="robust", f=1, fastest={"k": 3})
+    assert type(build_strategy(config, trained)) is FastestRobust
+    with pytest.raises(ConfigError, match="k must be at least 2f . 1 = 5"):
+        build_strategy(configured(name="robust", f=2, fastest={"k": 4}), trained)
 
 
 def test_parts_follow_the_settings():

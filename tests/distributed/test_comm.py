@@ -1,13 +1,24 @@
 """What belongs to one world only; what all promise is in `contracts/test_communicators.py`."""
 
 import socket
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from hardy.clock import VirtualClock
-from hardy.distributed.comm import Alone, TorchComm, WorkerLostError, join_world, leave_world, own_group
+from hardy.distributed.comm import (
+    Alone,
+    Outbox,
+    PeerLostError,
+    TorchComm,
+    WorkerLostError,
+    join_world,
+    leave_world,
+    lost_peer,
+    own_group,
+)
 
 
 @pytest.fixture
@@ -67,3 +78,41 @@ def test_groups_keep_the_clock_and_the_patience_of_their_world(lone_process):
 def test_groups_that_do_not_hold_each_worker_once_are_refused(groups):
     with pytest.raises(ValueError, match="groups must hold each rank from 0 to 2 exactly once, got"):
         own_group(groups, rank=0, num_workers=3)
+
+
+class Handle:
+    """The handle of a post that may fail."""
+
+    def __init__(self, done, text=None):
+        self.done, self.text = done, text
+
+    def wait(self):
+        self.done.append(self)
+        if self.text:
+            raise RuntimeError(self.text)
+
+
+def test_an_outbox_keeps_tensor_and_handle_until_they_were_waited_for():
+    outbox, done = Outbox(), []
+    handles = [Handle(done) for _ in range(4)]
+    kept = [weakref.ref(handle) for handle in handles]
+    for to, handle in enumerate(handles):
+        outbox.add(to, torch.zeros(1), handle)
+    outbox.finish(keep_last=3, lost=None)
+    assert done == handles[:1]
+    outbox.finish(keep_last=1, lost=None)
+    assert done == handles[:3]
+    done.clear(), handles.clear()
+    del handle
+    assert [ref() is None for ref in kept] == [True, True, True, False]
+
+
+def test_a_failed_post_is_forgotten_and_the_others_are_kept(lone_process):
+    outbox, done = Outbox(), []
+    for to, text in enumerate((None, "Connection closed by peer", None)):
+        outbox.add(to, torch.zeros(1), Handle(done, text))
+    with pytest.raises(PeerLostError, match="a message with worker 1: it died.*closed by peer") as loss:
+        outbox.finish(keep_last=0, lost=lambda to, error: lost_peer(lone_process, to, error))
+    assert loss.value.peer == 1 and len(done) == 2
+    outbox.finish(keep_last=0, lost=None)
+    assert len(done) == 3

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hardy.distributed import costs
-from hardy.distributed.comm import WorkerLostError
+from hardy.distributed.comm import PeerLostError, WorkerLostError
 from hardy.distributed.config import ClusterConfig
 from hardy.distributed.simulation import SimWorld
 from hardy.distributed.turns import CollectiveMismatchError
@@ -262,3 +262,99 @@ def test_all_workers_see_one_store():
 def test_impossible_deaths_and_births_are_refused(settings, text):
     with pytest.raises(ValueError, match=text):
         SimWorld(3, **settings)
+
+
+# ---- Mail --------------------------------------------------------------------------------------------------
+
+
+def test_messages_queue_on_the_link_of_their_sender_and_arrive_after_the_latency():
+    world = SimWorld(3, cluster=SLOW_NET)
+
+    def body(comm):
+        if comm.rank == 0:
+            comm.spend(1.0)
+            for receiver in (1, 2):
+                comm.post(torch.full((1000,), float(receiver)), to=receiver, tag=receiver)
+            return comm.clock.now()
+        got = comm.take(torch.empty(1000), source=0, tag=comm.rank)
+        return got[0].item(), comm.clock.now()
+
+    first_s, second_s = 1.0 + 0.004 + 0.01, 1.0 + 2 * 0.004 + 0.01
+    assert world.run(body) == [1.0, (1.0, pytest.approx(first_s)), (2.0, pytest.approx(second_s))]
+    reports = world.report()
+    assert [report.bytes_sent for report in reports] == [8000, 0, 0]
+    assert [report.idle_s for report in reports] == [0.0, 1.0, 1.0]
+    assert [report.transfer_s for report in reports] == pytest.approx([0.0, 0.014, 0.018])
+
+
+def test_mail_of_one_group_is_not_taken_in_another():
+    def body(comm):
+        part = comm.divide([[0, 1], [2]])
+        if comm.rank == 0:
+            part.post(torch.tensor(1.0), to=1, tag=0)
+            comm.post(torch.tensor(2.0), to=1, tag=0)
+        if comm.rank == 1:
+            return [group.take(torch.tensor(0.0), source=0, tag=0).item() for group in (comm, part)]
+        return None
+
+    assert SimWorld(3).run(body)[1] == [2.0, 1.0]
+
+
+def test_inner_and_outer_links_carry_side_by_side():
+    inner = costs.Link(bandwidth_bytes_per_s=4e6)
+
+    def body(comm):
+        group = comm.divide([[0, 1]], link="inner")
+        if comm.rank == 0:
+            comm.post(torch.zeros(1000), to=1, tag=0)
+            group.post(torch.zeros(1000), to=1, tag=0)
+            return None
+        group.take(torch.empty(1000), source=0, tag=0)
+        fast_s = comm.clock.now()
+        comm.take(torch.empty(1000), source=0, tag=0)
+        return fast_s, comm.clock.now()
+
+    assert SimWorld(2, cluster=SLOW_NET, inner_link=inner).run(body)[1] == (0.001, 0.014)
+
+
+def test_mail_with_a_dead_worker_is_lost_and_says_who():
+    def body(comm):
+        if comm.rank == 1:
+            comm.spend(1.0)
+            comm.die()
+        with pytest.raises(PeerLostError, match="simulated worker 0 of 3 could not .* worker 1: it") as loss:
+            comm.take(torch.tensor(0.0), source=1, tag=3)
+        told_s = comm.clock.now()
+        with pytest.raises(PeerLostError) as second:
+            comm.post(torch.tensor(0.0), to=1, tag=3)
+        return loss.value.peer, second.value.peer, told_s, comm.bytes_sent
+
+    def one(comm):
+        return body(comm) if comm.rank < 2 else None
+
+    assert SimWorld(3, detect_s=0.5).run(one)[0] == (1, 1, 1.5, 0)
+
+
+def test_a_message_of_another_shape_or_dtype_is_refused():
+    def body(comm, like):
+        if comm.rank == 0:
+            comm.post(torch.zeros(2), to=1, tag=4)
+        else:
+            comm.take(like, source=0, tag=4)
+
+    text = r"worker 1 expected {} with tag 4 from worker 0, who sent torch.float32 \[2\]"
+    for like, told in (
+        (torch.zeros(3), r"torch.float32 \[3\]"),
+        (torch.ones(2).long(), r"torch.int64 \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=text.format(told)):
+            SimWorld(2).run(lambda comm, like=like: body(comm, like))
+
+
+def test_mail_that_nobody_posts_ends_the_run():
+    def body(comm):
+        if comm.rank == 1:
+            comm.take(torch.zeros(2), source=0, tag=9)
+
+    with pytest.raises(CollectiveMismatchError, match="rank 1: take of mail with tag 9 from rank 0"):
+        SimWorld(2).run(body)

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hardy.distributed.turns import CollectiveMismatchError, MemberLostError, Outcome, Turns
+from hardy.distributed.turns import CollectiveMismatchError, Letter, MemberLostError, Outcome, Turns
 
 
 def share(values, *, seconds=0.0):
@@ -322,3 +322,134 @@ def test_waiting_for_one_who_ended_well_is_a_mismatch_and_not_a_loss():
         CollectiveMismatchError, match="rank 0: pair among 0, 1\n  rank 1: has ended\n  rank 2: has d"
     ):
         turns.run(body)
+
+
+# ---- Letters -----------------------------------------------------------------------------------------------
+
+
+def letter(value, member, *, link_s=0.0, latency_s=0.0):
+    left_s = member.now_s + link_s
+    return Letter(value=value, posted_s=member.now_s, left_s=left_s, arrives_s=left_s + latency_s)
+
+
+def test_a_letter_is_taken_when_it_arrives_and_its_way_is_counted():
+    turns = Turns(2)
+
+    def body(member):
+        if member.rank == 0:
+            turns.advance(member, 1.0)
+            turns.post(member, 1, "a", letter("first", member, link_s=2.0, latency_s=0.5))
+            turns.post(member, 1, "a", letter("second", member, link_s=4.0))
+            return member.now_s
+        taken = [(turns.take(member, 0, "a", name="a"), member.now_s) for _ in range(2)]
+        turns.advance(member, 5.0)
+        return taken, member.idle_s, member.meeting_s
+
+    assert turns.run(body) == [1.0, ([("first", 3.5), ("second", 5.0)], 1.0, 4.0)]
+
+
+def test_a_letter_that_is_there_already_costs_no_time():
+    turns = Turns(2)
+
+    def body(member):
+        if member.rank == 0:
+            turns.post(member, 1, "a", letter("x", member, latency_s=1.0))
+            return None
+        turns.advance(member, 3.0)
+        return turns.take(member, 0, "a", name="a"), member.now_s, member.idle_s, member.meeting_s
+
+    assert turns.run(body) == [None, ("x", 3.0, 0.0, 0.0)]
+
+
+def test_letters_are_told_apart_by_sender_and_key():
+    turns = Turns(3)
+
+    def body(member):
+        if member.rank < 2:
+            for key in ("a", "b"):
+                turns.post(member, 2, key, letter((member.rank, key), member))
+            return None
+        return [turns.take(member, source, key, name="x") for key in ("b", "a") for source in (1, 0)]
+
+    assert turns.run(body)[2] == [(1, "b"), (0, "b"), (1, "a"), (0, "a")]
+
+
+def test_a_letter_that_nobody_posts_is_named():
+    turns = Turns(3)
+
+    def body(member):
+        if member.rank == 1:
+            turns.take(member, 0, "a", name="take of a from rank 0")
+        elif member.rank == 2:
+            turns.meet(member, "sum", None, share)
+
+    text = (
+        "waited for that nobody posts:\n  rank 0: has ended\n  rank 1: take of a from rank 0\n  rank 2: sum"
+    )
+    with pytest.raises(CollectiveMismatchError, match=text):
+        turns.run(body)
+
+
+@pytest.mark.parametrize("begins_s", [0.0, 4.0], ids=["waits already", "comes later"])
+def test_who_waits_for_a_dead_one_notices_in_due_time_but_takes_what_had_left(begins_s):
+    turns = Turns(2, deaths={0: 2.0}, detect_s=0.25)
+
+    def body(member):
+        if member.rank == 0:
+            turns.post(member, 1, "a", letter("left", member, link_s=2.0, latency_s=5.0))
+            turns.post(member, 1, "b", letter("cut off", member, link_s=2.5))
+            turns.advance(member, 10.0)
+        if begins_s:
+            turns.advance(member, begins_s)
+        with pytest.raises(MemberLostError, match="died: 0"):
+            turns.take(member, 0, "b", name="b")
+        noticed_s = member.now_s
+        return noticed_s, member.idle_s, turns.take(member, 0, "a", name="a"), member.now_s
+
+    waits_s = max(begins_s, 2.0) + 0.25
+    idle_s = waits_s - begins_s
+    assert turns.run(body)[1] == (waits_s, idle_s, "left", 7.0)
+
+
+def test_one_who_dies_waiting_for_a_letter_dies_in_time():
+    turns = Turns(2, deaths={1: 3.0})
+
+    def body(member):
+        if member.rank == 0:
+            turns.advance(member, 2.0)
+            turns.post(member, 1, "a", letter("late", member, latency_s=4.0))
+            return "posted"
+        turns.take(member, 0, "a", name="a")
+        return "taken"
+
+    assert turns.run(body) == ["posted", None]
+    assert turns.members[1].died_s == turns.members[1].now_s == 3.0
+
+
+def test_posting_to_a_dead_one_fails_once_there_was_time_to_notice():
+    turns = Turns(2, deaths={1: 1.0}, detect_s=0.5)
+
+    def body(member):
+        turns.advance(member, 1.25)
+        turns.post(member, 1, "a", letter("lost", member))
+        turns.advance(member, 0.25)
+        with pytest.raises(MemberLostError, match="died: 1"):
+            turns.post(member, 1, "a", letter("refused", member))
+        return member.now_s
+
+    assert turns.run(body) == [1.5, None]
+
+
+def test_one_may_wait_for_a_letter_while_others_meet():
+    turns = Turns(3)
+
+    def body(member):
+        if member.rank == 2:
+            return turns.take(member, 0, "a", name="a"), member.now_s
+        turns.advance(member, 1.0 + member.rank)
+        turns.meet(member, "pair", None, share, (0, 1))
+        if member.rank == 0:
+            turns.post(member, 2, "a", letter("after", member, latency_s=0.5))
+        return None
+
+    assert turns.run(body)[2] == ("after", 2.5)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from hardy.distributed.comm import TorchComm, WorkerLostError
+from hardy.distributed.comm import PeerLostError, TorchComm, WorkerLostError
 from hardy.distributed.groups import split
 from hardy.distributed.local.compression import BF16, Full, Int8, TopK
 from hardy.distributed.simulation import SimWorld
@@ -59,6 +59,27 @@ def test_replicas_that_are_rows_of_a_grid_add_up_columns_only(run_workers):
 
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert run_workers(body, size=4) == [(3 if r == 0 else 12, 5 << s, 15, (r, s)) for r, s in places]
+
+
+def test_a_killed_peer_fails_only_the_messages_with_it(run_workers):
+    def body(comm: TorchComm):
+        last = comm.size - 1
+        if comm.rank == last:
+            comm.post(torch.tensor(1.0), to=0, tag=0)
+            comm.finish_posts()
+            os._exit(1)
+        if comm.rank == 0:
+            assert comm.take(torch.tensor(0.0), source=last, tag=0).item() == 1.0
+        with pytest.raises(PeerLostError, match=f"a message with worker {last}: it died") as loss:
+            comm.take(torch.tensor(0.0), source=last, tag=1)
+        other, x = 1 - comm.rank, torch.full((100_000,), float(comm.rank))
+        for tag in range(3):
+            comm.post(x, to=other, tag=tag)
+        got = [comm.take(torch.empty(100_000), source=other, tag=tag)[-1].item() for tag in (2, 0, 1)]
+        comm.finish_posts()
+        return loss.value.peer, got
+
+    assert run_workers(body, size=3, may_die=(2,)) == [(2, [1.0] * 3), (2, [0.0] * 3)]
 
 
 def exchanges(comm):

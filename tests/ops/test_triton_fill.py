@@ -13,8 +13,9 @@ KEY = 0x8D744EE0202F6924
 
 
 @pytest.mark.usefixtures("triton_interpreter")
-@pytest.mark.parametrize("start", [0, 3, 8, (1 << 34) + 5])
-@pytest.mark.parametrize("count", [1, 16, 1030])
+@pytest.mark.parametrize(
+    ("start", "count"), [(0, 16), (3, 1), (3, 1030), (8, 1030), ((1 << 34) + 5, 1), ((1 << 34) + 5, 16)]
+)
 def test_signs_are_the_same_bits(start, count):
     from hardy.ops.updates_triton import fill
 

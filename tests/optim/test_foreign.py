@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hardy.config import ConfigError
-from hardy.optim.foreign import class_at, refuse_unknown, registered_factory, settings_of
+from hardy.optim.foreign import refuse_unknown, registered_factory, settings_of
 
 
 @pytest.fixture
@@ -75,25 +75,6 @@ def test_a_name_registered_twice_is_refused(install):
         ConfigError, match=r"more than once \(theirs:build, theirs_too:build\); uninstall all but"
     ):
         registered_factory("same", beside=[])
-
-
-def test_a_class_is_found_by_its_path():
-    assert class_at("torch.optim.RMSprop") is torch.optim.RMSprop
-    assert class_at("hardy.optim.optimizers.SMMF").__name__ == "SMMF"
-
-
-@pytest.mark.parametrize(
-    ("path", "text"),
-    [
-        ("torch.optim.RMSProp", r"did you mean 'torch.optim.RMSprop'\?"),
-        ("torch.optim.lr_scheduler", "there is no optimizer 'torch.optim.lr_scheduler'"),
-        ("torch.optim.Optimizer", "there is no optimizer 'torch.optim.Optimizer'"),
-        ("torch.optimm.SGD", r"the module torch.optimm cannot be imported \(No module.*give module.Class"),
-    ],
-)
-def test_a_wrong_path_is_refused(path, text):
-    with pytest.raises(ConfigError, match=text):
-        class_at(path)
 
 
 def test_the_settings_of_a_class_are_its_arguments():

@@ -12,7 +12,7 @@ from hardy.config import UserError
 from hardy.data.corpus import prepare
 from hardy.distributed.comm import Alone
 from hardy.distributed.elastic import StoreHost
-from hardy.distributed.groups import FixedGroup
+from hardy.distributed.groups import FixedGroup, Regrouping
 from hardy.distributed.simulation import SimWorld
 from hardy.train.config import LoopConfig, TrainConfig
 from hardy.train.device import choose_hardware
@@ -22,6 +22,7 @@ from hardy.train.membership import (
     Membership,
     check_alike,
     fingerprint,
+    leads,
     membership_of,
     newest_of_any,
     one_at_a_time,
@@ -55,6 +56,11 @@ def test_a_fingerprint_changes_with_every_setting_but_the_display(elastic):
     assert fingerprint(elastic(log__progress="plain")) == mine
     others = [elastic(optim__lr=0.02), elastic(strategy__timeout_s=5.0), elastic(train__seed=1)]
     assert len({mine, *map(fingerprint, others)}) == 4
+
+
+def test_the_lowest_of_those_that_live_leads():
+    group = Regrouping(Alone(), (2, 1), generation=3)
+    assert leads(group, 1) and not leads(group, 2) and not leads(group, 0)
 
 
 @pytest.mark.parametrize("timeout_s", [0.5, 10.0, 3600.0])

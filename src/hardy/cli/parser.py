@@ -53,18 +53,30 @@ class Parser(argparse.ArgumentParser):
         return unknown_name(name, "option", options)
 
 
+NAMED = ("--model", "--optim", "--strategy")
+"""Sections that are chosen by name."""
+
+
 def split_settings(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return (other words, settings): a setting is `--section.name value` or `--section.name=value`.
+    """Return (other words, settings): a setting is `--section.key value` or `--section.key=value`.
+
+    `--strategy edit` is short for `--strategy.name edit`; so with model and optim.
 
     Example:
         >>> split_settings(["tiny", "--optim.lr", "0.1", "--json", "--train.steps=5"])
         (['tiny', '--json'], ['--optim.lr', '0.1', '--train.steps=5'])
+        >>> split_settings(["tiny", "--strategy", "edit"])
+        (['tiny'], ['--strategy.name', 'edit'])
     """
     others: list[str] = []
     settings: list[str] = []
     rest = iter(words)
-    for word in rest:
-        name, equals, _ = word.partition("=")
+    for given in rest:
+        word = given
+        name, equals, value = word.partition("=")
+        if name in NAMED:
+            name += ".name"
+            word = name + equals + value
         if word.startswith("--") and "." in name:
             settings.append(word)
             if not equals:

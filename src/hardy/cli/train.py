@@ -18,6 +18,7 @@ from hardy.cli.stop import StopSignal
 from hardy.cli.workers import run_replicas, run_workers
 from hardy.config import UserError, parse_dotted
 from hardy.distributed.config import LocalUpdateConfig
+from hardy.distributed.robust.config import CombinedConfig
 from hardy.train.config import TrainConfig
 from hardy.train.folder import RunFolder
 from hardy.train.plan import World, plan_run
@@ -74,7 +75,9 @@ def train_verb(arguments: argparse.Namespace) -> int:
         _check_source(resolved.config)
     if num_workers > me.size:
         words = ["train", arguments.target, "--run-dir", str(run_dir), *arguments.settings]
-        return _launch(resolved.config, num_workers, [*words, *(["--json"] if arguments.json else [])])
+        return _launch(
+            resolved.config, run_dir, num_workers, [*words, *(["--json"] if arguments.json else [])]
+        )
     from hardy.train import run
 
     return _run(
@@ -90,17 +93,28 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
-        return _launch(config, num_workers, [*words, *(["--json"] if arguments.json else [])])
+        return _launch(config, run_dir, num_workers, [*words, *(["--json"] if arguments.json else [])])
     from hardy.train import run
 
     return _run(lambda around: run.resume(run_dir, around, config=config), config, run_dir, me, arguments)
 
 
-def _launch(config: TrainConfig, num_workers: int, words: list[str]) -> int:
+def _launch(config: TrainConfig, run_dir: Path, num_workers: int, words: list[str]) -> int:
     """Run the command in several processes and return the exit code of all."""
     strategy = config.strategy
+    if isinstance(strategy, CombinedConfig) and strategy.fastest is not None:
+        strategy.fastest.check(replicas=num_workers, num_faulty=strategy.f)
+        from hardy.train.elections import election_host  # imports torch
+
+        host = election_host(config, run_dir, replicas=num_workers)
+        try:
+            return run_replicas(num_workers, words, host, max_restarts=strategy.fastest.max_restarts)
+        finally:
+            host.close()
     if isinstance(strategy, LocalUpdateConfig) and strategy.elastic:
-        return run_replicas(num_workers, words, max_restarts=strategy.max_restarts)
+        from hardy.distributed.elastic import StoreHost  # imports torch
+
+        return run_replicas(num_workers, words, StoreHost(), max_restarts=strategy.max_restarts)
     return run_workers(num_workers, words)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from hardy.cli.environment import MEETING, RESTARTS, STORE
 from hardy.cli.failure import FAILURE, SUCCESS, USER_ERROR
@@ -42,7 +43,17 @@ def run_workers(num_workers: int, arguments: Sequence[str]) -> int:
             _end(workers)
 
 
-def run_replicas(num_replicas: int, arguments: Sequence[str], *, max_restarts: int) -> int:
+class Host(Protocol):
+    """What ties replicas together that come and go, held by their launcher: `StoreHost`, `ElectionHost`."""
+
+    address: str
+
+    def report_loss(self, replica: int) -> None:
+        """Tell the others that a replica has ended."""
+        ...
+
+
+def run_replicas(num_replicas: int, arguments: Sequence[str], host: Host, *, max_restarts: int) -> int:
     """Run `python -m hardy ARGUMENTS` in processes that may be lost: the others go on, and it begins again.
 
     A replica whose settings cannot work (exit code 2) is not started again; where it had never been lost, the
@@ -51,11 +62,9 @@ def run_replicas(num_replicas: int, arguments: Sequence[str], *, max_restarts: i
     Args:
         num_replicas: processes; each is a world of its own.
         arguments: of the command.
+        host: what ties them together.
         max_restarts: how often each is started again.
     """
-    from hardy.distributed.elastic import StoreHost  # imports torch, which no other launcher needs
-
-    host = StoreHost()
 
     def begin(replica: int, restarts: int) -> "subprocess.Popen[bytes]":
         said = {STORE: host.address, RESTARTS: str(restarts)}

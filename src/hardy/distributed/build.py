@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hardy.config import read_arguments
+from hardy.distributed.aggregation import build_aggregator
+from hardy.distributed.attacks import build_attack
 from hardy.distributed.comm import Communicator
 from hardy.distributed.config import (
     AEDiTConfig,
@@ -26,6 +28,8 @@ from hardy.distributed.config import (
     StreamingDiLoCoConfig,
     SynchronousConfig,
 )
+from hardy.distributed.gossip.build import build_push_sum
+from hardy.distributed.gossip.config import PushSumConfig
 from hardy.distributed.groups import FixedGroup, Grid, OuterGroup
 from hardy.distributed.local.anomaly import AnomalyGuard, Finite, ZTest
 from hardy.distributed.local.averaging import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
@@ -36,6 +40,14 @@ from hardy.distributed.local.round import Manner, Parts
 from hardy.distributed.local.triggers import EverySeconds, EverySteps, Trigger
 from hardy.distributed.local.units import Units
 from hardy.distributed.local.updates import LocalUpdates
+from hardy.distributed.robust.combine import Combiner, Played
+from hardy.distributed.robust.config import DStarConfig, RobustConfig
+from hardy.distributed.robust.fastest import FastestGroup
+from hardy.distributed.robust.fastest_strategy import FastestRobust
+from hardy.distributed.robust.hooks import RobustRanks
+from hardy.distributed.robust.sender import Sender
+from hardy.distributed.robust.strategy import Robust
+from hardy.distributed.robust.trusted import TrustedGradient
 from hardy.distributed.sharded import bare
 from hardy.distributed.strategy import Strategy, Synchronous, watch_units
 
@@ -57,6 +69,12 @@ class Trained:
     """The same workers as replicas, and those of this one's replica."""
     outer: OuterGroup | None = None
     """The replicas, where they may come and go; None takes those of the grid."""
+    draw_trusted: Callable[[int], None] | None = None
+    """Adds to `grad` the gradient of the mean loss on a trusted batch, given its number."""
+    seed: int = 0
+    """Of what strategies draw."""
+    elect: Callable[[int], FastestGroup] | None = None
+    """Comes to replicas whose steps go on with the first k, given the steps that the weights have done."""
 
 
 def _build_synchronous(_config: SynchronousConfig, trained: Trained) -> Strategy:
@@ -93,6 +111,7 @@ def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
         manner=Manner(
             warmup_steps=config.warmup_steps,
             clip_norm=config.clip_norm,
+            judges_per_rate=config.anomaly.relative_to_rate,
             inner_state=config.inner_state,
             fragments=config.fragments,
             delay_steps=config.delay_steps,
@@ -106,6 +125,76 @@ def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
     if config.layerwise:
         watch_units(bare(trained.model), trained.unit_names, strategy)
     return strategy
+
+
+def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strategy:
+    grid, model = trained.grid, trained.model
+    arguments = read_arguments(config.arguments, setting="strategy.arguments")
+    aggregator = build_aggregator(
+        config.rule,
+        num_faulty=config.f,
+        arguments=arguments,
+        pre=config.pre,
+        on_excess=config.on_excess,
+        seed=trained.seed,
+    )
+    played = None
+    if config.attack.name != "none":
+        played = Played(
+            attack=build_attack(
+                config.attack.name,
+                arguments=read_arguments(config.attack.arguments, setting="strategy.attack.arguments"),
+                seed=trained.seed,
+            ),
+            workers=config.attack.workers,
+            from_step=config.attack.from_step,
+        )
+    if config.worker == "rank":
+        comm = trained.comm
+        combiner = Combiner(aggregator, num_workers=comm.size, played=played)
+        return RobustRanks(model, comm, combiner)
+    trusted = None
+    if config.needs_trusted:
+        assert trained.draw_trusted is not None, "whoever builds a run gives it where the settings need it"
+        trusted = TrustedGradient(
+            [param for param in model.parameters() if param.requires_grad],
+            trained.draw_trusted,
+            every_steps=config.trusted.every_steps,
+            agree=config.trusted.agree,
+        )
+    if config.fastest is None:
+        return Robust(
+            model,
+            inner=grid.inner,
+            outer=grid.outer,
+            aggregator=aggregator,
+            exchange=config.exchange,
+            momentum=config.worker_momentum,
+            trusted=trusted,
+            played=played,
+        )
+    config.fastest.check(replicas=grid.replicas, num_faulty=config.f)
+    aggregator.check(config.fastest.k)
+    assert trained.elect is not None, "whoever builds a run gives it where the settings need it"
+    return FastestRobust(
+        trained.optimizer,
+        sender=Sender(model, inner=grid.inner, momentum=config.worker_momentum, trusted=trusted),
+        inner=grid.inner,
+        enter=trained.elect,
+        combine=Combiner(aggregator, num_workers=grid.replicas, played=played),
+        form=config.exchange,
+        keeps_late=config.fastest.late == "dampen",
+    )
+
+
+def _build_push_sum(config: PushSumConfig, trained: Trained) -> Strategy:
+    return build_push_sum(
+        config,
+        trained.model,
+        unit_names=trained.unit_names,
+        inner=trained.grid.inner,
+        outer=trained.grid.outer,
+    )
 
 
 def local_parts(config: LocalUpdateConfig) -> Parts:
@@ -159,7 +248,10 @@ def _compression(config: CompressionConfig) -> Compression:
 
 
 STRATEGIES: dict[str, Callable[[Any, Trained], Strategy]] = {
-    "synchronous": _build_synchronous
+    "synchronous": _build_synchronous,
+    "robust": _build_robust,
+    "dstar": _build_robust,
+    "push_sum": _build_push_sum,
 } | dict.fromkeys(
     ("edit", "a_edit", "local_sgd", "post_local_sgd", "diloco", "streaming_diloco", "delayed"), _build_local
 )

@@ -1,14 +1,15 @@
 """What an algorithm may ask of the other workers, alone or by torch.distributed (simulated: `simulation`).
 
 Algorithms take a `Communicator` and never call `torch.distributed`; every method is collective: all workers
-call it, in the same order, with tensors of equal shape and dtype. Inputs are left alone, results are new
-tensors outside the autograd graph.
+call it, in the same order, with tensors of equal shape and dtype. `Mail` is what two workers do without the
+others. Inputs are left alone, results are new tensors outside the autograd graph.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,15 @@ SUMMABLE = frozenset(
 
 class WorkerLostError(UserError):
     """Another worker died, or did not come to a collective in time."""
+
+
+class PeerLostError(WorkerLostError):
+    """The other end of a message has died; messages with others go on."""
+
+    def __init__(self, text: str, *, peer: int) -> None:
+        super().__init__(text)
+        self.peer = peer
+        """Its rank."""
 
 
 class Communicator(Protocol):
@@ -77,6 +87,35 @@ class Communicator(Protocol):
         ...
 
 
+@runtime_checkable
+class Mail(Protocol):
+    """Messages between two workers. What is posted with one tag to one worker is taken in that order.
+
+    Raises:
+        PeerLostError: by `post` and `take`, when the other worker died; only messages with it are lost.
+    """
+
+    def post(self, x: Tensor, *, to: int, tag: int) -> None:
+        """Send a copy of `x` to worker `to`, without waiting; never taken, it is never known to be sent."""
+        ...
+
+    def take(self, like: Tensor, *, source: int, tag: int) -> Tensor:
+        """Wait for what worker `source` posts with this tag; `like` has its shape, dtype and device."""
+        ...
+
+    def finish_posts(self, *, keep_last: int = 0) -> None:
+        """Wait until all posts but the last few were taken; who posts for ever calls it now and then.
+
+        Raises:
+            PeerLostError: one of them was to a worker that died; it is forgotten, the others are kept.
+        """
+        ...
+
+
+class MailCommunicator(Communicator, Mail, Protocol):
+    """The other workers, together and one by one: `Alone`, `SimComm`, `TorchComm` and `GlooComm`."""
+
+
 class Alone:
     """The only worker.
 
@@ -119,6 +158,18 @@ class Alone:
     def barrier(self) -> None:
         """Return at once."""
 
+    def post(self, x: Tensor, *, to: int, tag: int) -> None:
+        """Refuse: there is nobody to write to."""
+        check_peer(to, rank=0, num_workers=1)
+
+    def take(self, like: Tensor, *, source: int, tag: int) -> Tensor:
+        """Refuse: there is nobody to hear from."""
+        check_peer(source, rank=0, num_workers=1)
+        raise AssertionError("the check refuses every peer")
+
+    def finish_posts(self, *, keep_last: int = 0) -> None:
+        """Return at once."""
+
     def divide(
         self, groups: Sequence[Sequence[int]], *, link: Literal["inner", "outer"] = "outer"
     ) -> "Alone":
@@ -127,8 +178,34 @@ class Alone:
         return Alone(clock=self.clock)
 
 
+class Outbox:
+    """Posts under way through gloo, which loses a message whose handle or tensor is dropped too early.
+
+    Its handles do not tell whether they are done before someone waits for them (torch 2.13).
+    """
+
+    def __init__(self) -> None:
+        self._posts: deque[tuple[int, Tensor, Any]] = deque()
+
+    def add(self, to: int, x: Tensor, handle: Any) -> None:
+        """Keep what a post needs until it was taken."""
+        self._posts.append((to, x, handle))
+
+    def finish(self, *, keep_last: int, lost: Callable[[int, RuntimeError], PeerLostError]) -> None:
+        """Wait for all but the last few; raise what `lost` makes of the first that fails."""
+        while len(self._posts) > keep_last:
+            to, _, handle = self._posts.popleft()
+            try:
+                handle.wait()
+            except RuntimeError as error:
+                raise lost(to, error) from error
+
+
 class TorchComm:
     """The workers of a process group of torch.distributed: gloo for CPU tensors, NCCL for CUDA tensors.
+
+    Mail goes by gloo, tensors of a GPU through the host: messages of NCCL have no tags, and two workers that
+    post to each other before they take would wait for each other for ever.
 
     Args:
         group: the group; none means all processes.
@@ -152,6 +229,7 @@ class TorchComm:
         self.size = dist.get_world_size(group)
         self.clock: Clock = clock or WallClock()
         self.bytes_sent = 0
+        self._outbox = Outbox()
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over the workers."""
@@ -195,6 +273,31 @@ class TorchComm:
         with self._sending("barrier", costs.barrier(self.size)):
             dist.barrier(self.group)
 
+    def post(self, x: Tensor, *, to: int, tag: int) -> None:
+        """Send a copy of `x` to worker `to`, without waiting."""
+        check_peer(to, rank=self.rank, num_workers=self.size)
+        sent = as_bytes(copy_of(x).cpu())
+        try:
+            handle = dist.isend(sent, group=self.group, group_dst=to, tag=tag)
+        except RuntimeError as error:
+            raise lost_peer(self, to, error) from error
+        self._outbox.add(to, sent, handle)
+        self.bytes_sent += x.nbytes
+
+    def take(self, like: Tensor, *, source: int, tag: int) -> Tensor:
+        """Wait for what worker `source` posts with this tag."""
+        check_peer(source, rank=self.rank, num_workers=self.size)
+        result = torch.empty(like.shape, dtype=like.dtype)
+        try:
+            dist.recv(as_bytes(result), group=self.group, group_src=source, tag=tag)
+        except RuntimeError as error:
+            raise lost_peer(self, source, error) from error
+        return result.to(like.device)
+
+    def finish_posts(self, *, keep_last: int = 0) -> None:
+        """Wait until all posts but the last few were taken."""
+        self._outbox.finish(keep_last=keep_last, lost=lambda to, error: lost_peer(self, to, error))
+
     def divide(
         self, groups: Sequence[Sequence[int]], *, link: Literal["inner", "outer"] = "outer"
     ) -> "TorchComm":
@@ -226,93 +329,6 @@ class TorchComm:
         self.bytes_sent += traffic.bytes_sent
 
 
-class GlooComm:
-    """A gloo group that belongs to no world of torch.distributed; tensors of a GPU travel through the host.
-
-    Args:
-        group: a `torch.distributed.ProcessGroupGloo`; torch's types leave out what it can do.
-        clock: this worker's time.
-        whose: who the workers are, for errors.
-
-    Raises:
-        WorkerLostError: by every method, when a peer died or came later than the group's timeout; from then
-            on by all.
-    """
-
-    def __init__(self, group: Any, *, clock: Clock, whose: str) -> None:
-        self.rank, self.size = group.rank(), group.size()
-        self.clock = clock
-        self.bytes_sent = 0
-        self._group, self._whose = group, whose
-
-    def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over the workers."""
-        check_sum(x)
-        result = copy_of(x).cpu()
-        with self._sending("sum", costs.all_reduce(x.nbytes, self.size)):
-            self._open().allreduce([torch.view_as_real(result) if result.is_complex() else result]).wait()
-        return result.to(x.device)
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Return the mean of `x` over the workers."""
-        check_mean(x)
-        return self.sum(x).div_(self.size)
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """Return everyone's `x` stacked in rank order."""
-        result = torch.empty(self.size, *x.shape, dtype=x.dtype)
-        parts = [as_bytes(part) for part in result.unbind()]
-        with self._sending("all_gather", costs.all_gather(x.nbytes, self.size)):
-            self._open().allgather([parts], [as_bytes(copy_of(x).cpu())]).wait()
-        return result.to(x.device)
-
-    def all_to_all(self, x: Tensor) -> Tensor:
-        """Send row j of `x` to worker j; return the rows sent to us, by who sent them."""
-        check_rows(x, num_workers=self.size)
-        result = torch.empty(x.shape, dtype=x.dtype)
-        with self._sending("all_to_all", costs.all_to_all(x.nbytes, self.size)):
-            self._open().alltoall_base(as_bytes(result), as_bytes(copy_of(x).cpu()), [], []).wait()
-        return result.to(x.device)
-
-    def broadcast(self, x: Tensor, *, source: int) -> Tensor:
-        """Return worker `source`'s `x`."""
-        check_source(source, num_workers=self.size)
-        result = copy_of(x).cpu()
-        with self._sending("broadcast", costs.broadcast(x.nbytes, self.size)):
-            self._open().broadcast(as_bytes(result), source, None).wait()
-        return result.to(x.device)
-
-    def barrier(self) -> None:
-        """Wait until everyone is here."""
-        with self._sending("barrier", costs.barrier(self.size)):
-            self._open().barrier().wait()
-
-    def close(self) -> None:
-        """Close all connections, so that those who still wait for this worker notice at once.
-
-        Only the end of the group does: torch's `abort` and `shutdown` leave those of gloo open (torch 2.13).
-        """
-        self._group = None
-
-    def _open(self) -> Any:
-        if self._group is None:
-            raise RuntimeError("its connections are closed")
-        return self._group
-
-    @contextmanager
-    def _sending(self, call: str, traffic: costs.Traffic) -> Iterator[None]:
-        """Count what is sent; once one call has failed, let no other hang."""
-        try:
-            yield
-        except RuntimeError as error:
-            self.close()
-            raise WorkerLostError(
-                f"worker {self.rank} of {self._whose} could not finish {call!r} with the others: one of them "
-                f"died, or came later than strategy.timeout_s. torch says: {error}"
-            ) from error
-        self.bytes_sent += traffic.bytes_sent
-
-
 SIGNS_OF_LOSS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """What torch's errors say when another process is gone; DDP and FSDP2 raise them as plain RuntimeErrors."""
 
@@ -333,6 +349,15 @@ def _lost(comm: Communicator, call: str, error: RuntimeError) -> WorkerLostError
         f"worker {comm.rank} of {comm.size} could not finish {call!r} with the others: one of them died, or "
         f"came later than the time-out of the process group. Read the end of the output of the worker that "
         f"stopped first, then go on from the last checkpoint with `hardy resume`. torch says: {error}"
+    )
+
+
+def lost_peer(comm: Communicator, peer: int, error: object) -> PeerLostError:
+    """Return the error of a message that will not come, or will not be taken."""
+    return PeerLostError(
+        f"worker {comm.rank} of {comm.size} could not finish a message with worker {peer}: it died, or came "
+        f"later than the time-out of the process group. The reason given is: {error}",
+        peer=peer,
     )
 
 
@@ -396,6 +421,16 @@ def check_source(source: int, *, num_workers: int) -> None:
     """Refuse a worker that does not exist."""
     if not 0 <= source < num_workers:
         raise ValueError(f"broadcast source must be a rank from 0 to {num_workers - 1}, got {source}")
+
+
+def check_peer(peer: int, *, rank: int, num_workers: int) -> None:
+    """Refuse mail with oneself and with a worker that does not exist."""
+    if num_workers == 1:
+        raise ValueError("mail needs another worker, and there is only one")
+    if not 0 <= peer < num_workers or peer == rank:
+        raise ValueError(
+            f"worker {rank} has mail with another rank from 0 to {num_workers - 1}, but not with {peer}"
+        )
 
 
 def check_rows(x: Tensor, *, num_workers: int) -> None:

@@ -13,36 +13,9 @@ from hardy.config import (
     Range,
     UnitFloat,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshConfig(Config):
-    """How the workers are laid out: `replicas` x `shards`.
-
-    One shard is plain data parallel (DDP), one replica is fully sharded (FSDP2), both above one is HSDP.
-    """
-
-    section: ClassVar[str] = "strategy.mesh"
-    replicas: PositiveInt | None = None
-    """Whole copies of the model; none means workers / shards."""
-    shards: PositiveInt = 1
-    """Workers over which one copy of parameters, gradients and optimizer state is split."""
-
-    def sizes(self, num_workers: int) -> tuple[int, int]:
-        """Return (replicas, shards) for a world of `num_workers`, or refuse.
-
-        Example:
-            >>> MeshConfig(shards=2).sizes(4)
-            (2, 2)
-        """
-        replicas = self.replicas or max(num_workers // self.shards, 1)
-        if replicas * self.shards != num_workers:
-            raise ConfigError(
-                f"strategy.mesh of {replicas} replicas x {self.shards} shards needs "
-                f"{replicas * self.shards} workers, but {num_workers} run; set strategy.mesh.replicas and "
-                f"strategy.mesh.shards so that their product is {num_workers}, or start other workers"
-            )
-        return replicas, self.shards
+from hardy.distributed.gossip.config import PushSumConfig
+from hardy.distributed.mesh_config import MeshConfig
+from hardy.distributed.robust.config import DStarConfig, RobustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +23,7 @@ class SynchronousConfig(Config):
     """Every worker contributes to every step; gradients are averaged."""
 
     section: ClassVar[str] = "strategy"
+    replicas_step_alone: ClassVar[bool] = False
     name: Literal["synchronous"] = "synchronous"
     """The strategy."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -115,6 +89,8 @@ class AnomalyConfig(Config):
     """Of ztest: accepted rounds before it judges."""
     relative_floor: NonNegativeFloat = 0.05
     """Of ztest: least standard deviation, as a share of the mean."""
+    relative_to_rate: bool = False
+    """Of ztest: whether norms are judged as multiples of the learning rates summed since the last round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +98,8 @@ class LocalUpdateConfig(Config):
     """Replicas train alone for many steps and then exchange how far they came (one engine, many names)."""
 
     section: ClassVar[str] = "strategy"
+    replicas_step_alone: ClassVar[bool] = True
+    """Whether gradients are averaged within a replica only."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the workers are laid out; replicas exchange, the shards of one step together."""
     copies: PositiveInt = 1
@@ -362,6 +340,9 @@ StrategyConfig = (
     | DiLoCoConfig
     | StreamingDiLoCoConfig
     | DelayedConfig
+    | RobustConfig
+    | DStarConfig
+    | PushSumConfig
 )
 """Chosen by `strategy.name`."""
 

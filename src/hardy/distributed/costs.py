@@ -100,6 +100,16 @@ def broadcast(num_bytes: int, num_workers: int) -> Traffic:
     return Traffic(bytes_sent=num_bytes if num_workers > 1 else 0, hops=num_workers - 1)
 
 
+def message(num_bytes: int) -> Traffic:
+    """Return B in one hop: from one worker to another.
+
+    Example:
+        >>> message(4000)
+        Traffic(bytes_sent=4000, hops=1)
+    """
+    return Traffic(bytes_sent=num_bytes, hops=1)
+
+
 def barrier(num_workers: int) -> Traffic:
     """Return an all-reduce of nothing: 2(n-1) hops.
 

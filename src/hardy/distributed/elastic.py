@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from hardy.config import UserError
-from hardy.distributed.comm import Alone, Communicator, GlooComm, WorkerLostError
+from hardy.distributed.comm import Alone, Communicator, WorkerLostError
+from hardy.distributed.gloo import GlooComm
 from hardy.distributed.groups import ExcludedError, Regrouping
 from hardy.distributed.groups import FixedGroup as FixedGroup
 from hardy.distributed.groups import OuterGroup as OuterGroup

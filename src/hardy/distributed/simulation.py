@@ -1,9 +1,10 @@
 """N workers in one process with virtual time: the same code as on N machines, and always the same bits.
 
 Each worker is a thread, but exactly one runs at a time (`turns`). Time passes only by `spend`, by
-`clock.sleep` and in collectives: a collective ends for everyone at the latest arrival plus what the ring
-costs (`costs`). Values are combined in rank order. So results and times depend on the program, the cluster
-and the seed alone, never on this machine or its load.
+`clock.sleep`, in collectives and waiting for mail. A collective ends for everyone at the latest arrival plus
+what the ring costs (`costs`); a message arrives once its sender's link has carried it, behind all that was
+posted before, plus the latency. Values are combined in rank order. So results and times depend on the
+program, the cluster and the seed alone, never on this machine or its load.
 
 Workers may begin late and die (`births`, `deaths`, `SimComm.die`). Some of them may meet while the others
 go on (`SimComm.divide`, `SimComm.among`).
@@ -11,7 +12,7 @@ go on (`SimComm.divide`, `SimComm.among`).
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -19,15 +20,18 @@ from torch import Tensor, stack
 
 from hardy.distributed import costs
 from hardy.distributed.comm import (
+    PeerLostError,
     WorkerLostError,
     check_mean,
+    check_peer,
     check_rows,
     check_source,
     check_sum,
+    copy_of,
     own_group,
 )
 from hardy.distributed.config import ClusterConfig
-from hardy.distributed.turns import Member, MemberLostError, Outcome, Turns
+from hardy.distributed.turns import Letter, Member, MemberLostError, Outcome, Turns
 
 R = TypeVar("R")
 
@@ -44,9 +48,9 @@ class WorkerReport:
     compute_s: float
     """Spent working."""
     transfer_s: float
-    """In collectives, after the last worker arrived."""
+    """In collectives, after the last worker arrived, and waiting for messages on their way."""
     idle_s: float
-    """Waiting for others to arrive, asleep, and not yet begun."""
+    """Waiting for others to arrive or to post, asleep, and not yet begun."""
     bytes_sent: int
     """As a ring would send them, over all its links."""
     died_s: float | None = None
@@ -159,6 +163,8 @@ class _Worker:
     compute_s: float = 0.0
     num_spends: int = 0
     bytes_sent: int = 0
+    busy_until_s: dict[costs.Link, float] = field(default_factory=dict)
+    """When each link has carried all that was posted."""
 
     def __post_init__(self) -> None:
         self.clock = SimClock(self.turns, self.member)
@@ -284,6 +290,55 @@ class SimComm:
         """Wait until everyone is here."""
         self.agree("barrier", None, lambda values: values, traffic=costs.barrier(self.size))
 
+    def post(self, x: Tensor, *, to: int, tag: int) -> None:
+        """Send a copy of `x` to worker `to`, behind all that this worker posted before on the same link.
+
+        A worker that died is noticed after `detect_s`; what is posted before that is lost.
+        """
+        check_peer(to, rank=self.rank, num_workers=self.size)
+        worker, traffic = self._worker, costs.message(x.nbytes)
+        posted_s = self.clock.now()
+        begins_s = max(posted_s, worker.busy_until_s.get(self._link, 0.0))
+        left_s = begins_s + self._link.seconds(replace(traffic, hops=0))
+        arrives_s = begins_s + self._link.seconds(traffic)
+        letter = Letter(value=copy_of(x), posted_s=posted_s, left_s=left_s, arrives_s=arrives_s)
+        try:
+            worker.turns.post(worker.member, self.ranks[to], (self._name, tag), letter)
+        except MemberLostError as error:
+            raise self._lost_peer(to) from error
+        worker.busy_until_s[self._link] = left_s
+        self.bytes_sent += traffic.bytes_sent
+        worker.bytes_sent += traffic.bytes_sent
+
+    def take(self, like: Tensor, *, source: int, tag: int) -> Tensor:
+        """Wait for what worker `source` posts with this tag."""
+        check_peer(source, rank=self.rank, num_workers=self.size)
+        sender = self.ranks[source]
+        name = f"take of mail with tag {tag} from rank {sender}{self._where()}"
+        try:
+            x = self._worker.turns.take(self._worker.member, sender, (self._name, tag), name=name)
+        except MemberLostError as error:
+            raise self._lost_peer(source) from error
+        if (x.shape, x.dtype) != (like.shape, like.dtype):
+            raise ValueError(
+                f"worker {self.rank} expected {like.dtype} {list(like.shape)} with tag {tag} from worker "
+                f"{source}, who sent {x.dtype} {list(x.shape)}"
+            )
+        return x.to(like.device)
+
+    def finish_posts(self, *, keep_last: int = 0) -> None:
+        """Return at once: the simulated network holds what was posted."""
+
+    def _lost_peer(self, peer: int) -> PeerLostError:
+        return PeerLostError(
+            f"simulated worker {self.rank} of {self.size} could not finish a message with worker {peer}: it "
+            f"died",
+            peer=peer,
+        )
+
+    def _where(self) -> str:
+        return f" in {self._name.removeprefix('/')}" if self._name else ""
+
     def agree(
         self,
         call: str,
@@ -301,10 +356,13 @@ class SimComm:
             traffic: what it sends; none means nothing.
         """
         worker = self._worker
-        name = call + (f" in {self._name.removeprefix('/')}" if self._name else "")
         try:
             answer = worker.turns.meet(
-                worker.member, name, value, partial(self._finish, combine, traffic), self.ranks
+                worker.member,
+                call + self._where(),
+                value,
+                partial(self._finish, combine, traffic),
+                self.ranks,
             )
         except MemberLostError as error:
             dead = " and ".join(f"worker {self.ranks.index(rank)}" for rank in error.ranks)

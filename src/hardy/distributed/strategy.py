@@ -31,6 +31,14 @@ class Strategy:
     def after_forward(self) -> None:
         """Act after the first micro-batch's forward pass. EDiT settles units that did not run."""
 
+    @property
+    def skips_forward(self) -> bool:
+        """Whether this step needs no gradient of this worker."""
+        return False
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Take this worker's summed loss, after the last micro-batch; whoever announces it needs it here."""
+
     def reduce_gradients(self) -> None:
         """Act after the last micro-batch. Data parallel, dSTAR."""
 
@@ -56,6 +64,25 @@ class Strategy:
     def agreed_stop(self, votes: int) -> bool:
         """Return whether all workers know that the run is to stop, given the votes of this one's replica."""
         return votes > 0
+
+    def joint_totals(self, totals: Tensor, comm: Communicator) -> Tensor:
+        """Return what the step is judged by, the same on all workers that must act alike.
+
+        Args:
+            totals: this worker's summed loss and its vote to stop, fp64.
+            comm: the workers that step together.
+        """
+        return comm.sum(totals)
+
+    @property
+    def refusal(self) -> str:
+        """Why this step must not be applied, the same on all workers; empty where it may."""
+        return ""
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether this worker has taken the weights of a later step instead of making this one."""
+        return False
 
     def take_report(self) -> dict[str, Any]:
         """Return what the method has to say of this step, for the metrics, once."""

@@ -1,17 +1,19 @@
 """Threads that take turns in virtual time: the ground under `simulation`, free of tensors and networks.
 
 Exactly one thread runs at a time: of the members that can go on, the one whose clock is furthest behind, then
-the lowest rank. A thread gives up its turn when it advances its clock or meets others, so what it does
-happens no earlier in virtual time than all that others did before. The order is the same on every machine.
+the lowest rank. A thread gives up its turn when it advances its clock, meets others or waits for a letter, so
+what it does happens no earlier in virtual time than all that others did before. The order is the same on
+every machine.
 
-Members may begin late, and die: what would end at the moment of a death or later does not happen.
+Members may begin late, and die: what would end at the moment of a death or later does not happen. A letter
+that had left its sender by then arrives.
 """
 
 import heapq
 import math
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -59,6 +61,27 @@ class _Arrival:
     """Who meets, in the order of values and answers."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Letter:
+    """A value on its way to one member."""
+
+    value: Any
+    posted_s: float
+    """When it was handed over to the sender's link."""
+    left_s: float
+    """When all of it had left the sender."""
+    arrives_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Expected:
+    """A letter that one member waits for."""
+
+    source: int
+    key: Hashable
+    name: str
+
+
 def _closed() -> threading.Lock:
     lock = threading.Lock()
     lock.acquire()
@@ -73,13 +96,17 @@ class Member:
     now_s: float = 0.0
     """Its clock."""
     idle_s: float = 0.0
-    """Time it waited for others to arrive at a meeting."""
+    """Time it waited for others to arrive at a meeting, or to post a letter."""
     meeting_s: float = 0.0
-    """Time it spent in meetings after everyone had arrived."""
+    """Time it spent in meetings after everyone had arrived, and waiting for letters on their way."""
     turn: threading.Lock = field(default_factory=_closed)
     """Released to let this member run."""
     arrival: _Arrival | None = None
     """The meeting it waits in."""
+    expected: _Expected | None = None
+    """The letter it waits for."""
+    letters: dict[tuple[int, Hashable], deque[Letter]] = field(default_factory=lambda: defaultdict(deque))
+    """Letters to it, by who sent them and their key, in the order of posting."""
     lost: list[int] = field(default_factory=list)
     """Who died while it waited for them."""
     answer: Any = None
@@ -90,6 +117,11 @@ class Member:
     """When it died."""
     ticket: int = 0
     """Number of its entry among the runnable; older ones do not count."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it needs others to go on."""
+        return self.arrival is not None or self.expected is not None
 
 
 class Turns:
@@ -132,7 +164,8 @@ class Turns:
         """Run `body` in one thread per member and return the results in rank order; of the dead, None.
 
         Raises:
-            CollectiveMismatchError: the members did not meet at the same calls.
+            CollectiveMismatchError: the members did not meet at the same calls, or wait for letters that
+                nobody posts.
             BaseException: what the first failing member raised, with its rank as a note; the others are
                 stopped where they wait.
         """
@@ -202,6 +235,50 @@ class Turns:
         answer, member.answer = member.answer, None
         return answer
 
+    def post(self, member: Member, to: int, key: Hashable, letter: Letter) -> None:
+        """Put a letter on its way; its sender goes on at once.
+
+        Raises:
+            MemberLostError: the other has died, and there was time to notice.
+        """
+        self._end_if_dead(member)
+        other = self.members[to]
+        if other.died_s is not None:
+            if member.now_s >= other.died_s + self.detect_s:
+                raise MemberLostError([to])
+            return
+        waiting = other.letters[member.rank, key]
+        waiting.append(letter)
+        is_expected = other.expected and (other.expected.source, other.expected.key) == (member.rank, key)
+        if is_expected and len(waiting) == 1:
+            self._schedule(other, min(letter.arrives_s, other.dies_at_s))
+
+    def take(self, member: Member, source: int, key: Hashable, *, name: str) -> Any:
+        """Wait for the next letter with this key from `source`, and return what it holds.
+
+        Raises:
+            MemberLostError: the sender has died, and no letter of it is under way; raised `detect_s` after
+                both the death and the beginning of the wait.
+        """
+        self._end_if_dead(member)
+        member.expected = _Expected(source=source, key=key, name=name)
+        member.lost = []
+        waiting = member.letters[source, key]
+        if waiting:
+            self._schedule(member, min(max(member.now_s, waiting[0].arrives_s), member.dies_at_s))
+        elif self.members[source].died_s is not None:
+            member.lost = [source]
+            self._schedule(member, min(member.now_s + self.detect_s, member.dies_at_s))
+        elif member.dies_at_s < math.inf:
+            self._schedule(member, member.dies_at_s)
+        self._pause(member)
+        if member.lost:
+            raise MemberLostError(member.lost)
+        letter = waiting.popleft()
+        if not waiting:
+            del member.letters[source, key]
+        return letter.value
+
     def die(self, member: Member) -> NoReturn:
         """End this member here and now."""
         member.dies_at_s = member.now_s
@@ -250,11 +327,23 @@ class Turns:
         """Let those who wait for the dead notice in due time."""
         member.died_s = member.now_s
         for other in self.members:
+            self._drop_letters(member, other)
             if other.arrival is None or member.rank not in other.arrival.among:
                 continue
             if not other.lost:
                 self._schedule(other, min(member.died_s + self.detect_s, other.dies_at_s))
             other.lost.append(member.rank)
+
+    def _drop_letters(self, dead: Member, other: Member) -> None:
+        """Take back letters that had not left the dead one; let the other notice that none comes."""
+        assert dead.died_s is not None, "only of the dead"
+        for (source, _key), waiting in other.letters.items():
+            while source == dead.rank and waiting and waiting[-1].left_s > dead.died_s:
+                waiting.pop()
+        expected = other.expected
+        if expected and expected.source == dead.rank and not other.letters[dead.rank, expected.key]:
+            other.lost = [dead.rank]
+            self._schedule(other, min(dead.died_s + self.detect_s, other.dies_at_s))
 
     def _schedule(self, member: Member, moment_s: float) -> None:
         """Let the member go on at this moment, and at no other."""
@@ -264,7 +353,7 @@ class Turns:
     def _hand_over(self) -> None:
         """Let the next member run. Whoever calls this has the turn and waits or ends right after."""
         following = self._next() if self._failure is None else None
-        if following is None and any(member.arrival is not None for member in self.members):
+        if following is None and any(member.waits for member in self.members):
             self._failure = self._failure or CollectiveMismatchError(self._describe_mismatch())
         if self._failure is not None:
             following = next((member for member in self.members if not member.has_ended), None)
@@ -278,11 +367,21 @@ class Turns:
             member = self.members[rank]
             if ticket != member.ticket:
                 continue
-            if member.arrival is not None:
-                member.idle_s += moment_s - member.now_s
-                member.now_s, member.arrival = moment_s, None
+            if member.waits:
+                self._let_go(member, moment_s)
             return member
         return None
+
+    def _let_go(self, member: Member, moment_s: float) -> None:
+        """End a wait, and count its time."""
+        on_the_way_s = 0.0
+        if member.expected is not None and not member.lost:
+            waiting = member.letters[member.expected.source, member.expected.key]
+            if waiting:  # none when it is this member that dies
+                on_the_way_s = max(moment_s - max(member.now_s, waiting[0].posted_s), 0.0)
+        member.meeting_s += on_the_way_s
+        member.idle_s += moment_s - member.now_s - on_the_way_s
+        member.now_s, member.arrival, member.expected = moment_s, None, None
 
     def _has_finished(self, arrival: _Arrival) -> bool:
         """Finish the meeting if everyone is there and lives to its end; let all go on at the same moment."""
@@ -319,8 +418,12 @@ class Turns:
                 name, among = member.arrival.name, member.arrival.among
                 if among != self._everyone:
                     name += f" among {', '.join(str(rank) for rank in among)}"
+            elif member.expected is not None:
+                name = member.expected.name
             ranks_by_call[name].append(str(member.rank))
         lines = [f"  rank {', '.join(ranks)}: {name}" for name, ranks in ranks_by_call.items()]
+        if any(member.expected is not None for member in self.members):
+            return "nobody can go on, as letters are waited for that nobody posts:\n" + "\n".join(lines)
         return (
             f"the workers do not agree on collective number {self._num_meetings + 1}; all must make the same "
             f"calls in the same order, with equal shapes and dtypes:\n" + "\n".join(lines)

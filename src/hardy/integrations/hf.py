@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hardy.config import ConfigError, UserError
-from hardy.optim.foreign import class_at, settings_of
+from hardy.config import ConfigError, UserError, class_at
+from hardy.optim.foreign import settings_of
 from hardy.optim.make import make_optimizer
 from hardy.optim.presets import PRESETS, WHOLE_MODEL_KINDS
 from hardy.optim.presets import preset as preset_called
@@ -101,6 +101,6 @@ def _betas_and_eps(args: Any, preset: str, *, embed_kind: str | None) -> dict[st
         has_smmf = "smmf" in (found.kind, embed_kind or found.embed_kind)
         return adam | ({"beta1": args.adam_beta1} if has_smmf else {})
     if "." in preset:
-        names, _ = settings_of(class_at(preset))
+        names, _ = settings_of(class_at(preset, Optimizer, kind="optimizer"))
         return adam if adam.keys() <= names else {}
     return {}

@@ -1,4 +1,4 @@
-"""Optimizers of others: classes by their dotted path, and factories that other packages registered.
+"""Optimizers of others: what their classes take, and factories that other packages registered.
 
 A package registers `name = "module:factory"` under the group `hardy.optimizers`; `factory(model, **settings)`
 returns a `torch.optim.Optimizer`. Nothing of theirs is imported before it is asked for.
@@ -6,7 +6,6 @@ returns a `torch.optim.Optimizer`. Nothing of theirs is imported before it is as
 
 import inspect
 from collections.abc import Callable, Collection
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from torch.optim import Optimizer
@@ -17,33 +16,6 @@ Build = Callable[..., Optimizer]
 
 ENTRY_POINTS = "hardy.optimizers"
 """Entry-point group of other packages."""
-
-
-def class_at(path: str) -> type[Optimizer]:
-    """Import and return the optimizer class at a dotted path.
-
-    Raises:
-        ConfigError: no such module, or no such optimizer in it; the text says which is nearest.
-
-    Example:
-        >>> class_at("torch.optim.RMSprop").__name__
-        'RMSprop'
-    """
-    home, _, leaf = path.rpartition(".")
-    try:
-        module = import_module(home)
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer {path!r}: the module {home} cannot be imported ({error}); give module.Class"
-        ) from error
-    classes = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    if leaf not in classes:
-        raise ConfigError(unknown_name(path, "optimizer", [f"{home}.{name}" for name in classes]))
-    return classes[leaf]
 
 
 def registered_factory(name: str, *, beside: Collection[str]) -> Build:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hardy.config import ConfigError
+from hardy.config import ConfigError, class_at
 from hardy.ops.philox import canonical_name
 from hardy.optim._rule import SHARED_DEFAULTS
 from hardy.optim._sharded import is_sharded
-from hardy.optim.foreign import Build, class_at, refuse_unknown, registered_factory, settings_of
+from hardy.optim.foreign import Build, refuse_unknown, registered_factory, settings_of
 from hardy.optim.optimizers import (
     APOLLO,
     QAPOLLO,
@@ -195,7 +195,7 @@ def _from_class(
     settings: Mapping[str, Any],
 ) -> Optimizer:
     """Build the class at a path over all parameters, in one group that decays and one that does not."""
-    cls = class_at(path)
+    cls = class_at(path, Optimizer, kind="optimizer")
     for name in ("rules", "embed_kind"):
         if routing[name] is not None:
             raise ConfigError(

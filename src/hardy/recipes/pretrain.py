@@ -6,7 +6,8 @@ and 0.13 to 2 million tokens per step follow common practice at these sizes; non
 """
 
 from hardy.data.config import DataConfig
-from hardy.distributed.config import MeshConfig, SynchronousConfig
+from hardy.distributed.config import SynchronousConfig
+from hardy.distributed.mesh_config import MeshConfig
 from hardy.model.config import ModelConfig
 from hardy.optim.config import AdamWConfig, ScheduleConfig
 from hardy.train.config import CheckpointConfig, LoopConfig, TrainConfig

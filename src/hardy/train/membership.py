@@ -20,6 +20,7 @@ from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.elastic import Patience, StoreGroup
 from hardy.distributed.groups import OuterGroup
 from hardy.distributed.local.updates import LocalUpdates
+from hardy.distributed.robust.fastest import FastestGroup
 from hardy.distributed.strategy import Strategy
 from hardy.train import manifest
 from hardy.train.config import TrainConfig
@@ -38,8 +39,10 @@ class Membership:
     """This one, from 0."""
     replicas: int
     """How many the run was started with; they share its batches, whoever lives."""
-    enter: Callable[[], OuterGroup]
+    enter: Callable[[], OuterGroup] | None = None
     """Comes to the others and returns the group; called once, when all else is built, for they wait then."""
+    elect: Callable[[int], FastestGroup] | None = None
+    """Instead of `enter`, where the first k make each step: comes to the others at the first step."""
 
 
 def membership_of(config: TrainConfig, world: World, held: ExitStack) -> Membership | None:
@@ -76,9 +79,15 @@ def membership_of(config: TrainConfig, world: World, held: ExitStack) -> Members
 
 def has_come_late(strategy: Strategy) -> bool:
     """Take over the place of replicas that train already; return whether there are any."""
-    assert isinstance(strategy, LocalUpdates), "only those come and go"
+    if not isinstance(strategy, LocalUpdates):
+        return False  # its weights, from a checkpoint, are brought up to date at the first step
     strategy.join()
     return bool(strategy.anchors)
+
+
+def leads(outer: OuterGroup, replica: int) -> bool:
+    """Return whether this is the lowest replica of those that live: it does what is done once in a run."""
+    return replica == min(outer.members)
 
 
 def patience_of(timeout_s: float) -> Patience:

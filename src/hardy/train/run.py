@@ -21,6 +21,7 @@ from hardy.optim.build import hyperparameters, set_hyperparameters
 from hardy.train.checkpoint import CheckpointStore
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware, choose_hardware, denormals_flushed
+from hardy.train.elections import way_in
 from hardy.train.folder import RunFolder, replace_json
 from hardy.train.hooks import Hook, RunFacts, Summary
 from hardy.train.loop import Progress, run_loop
@@ -29,6 +30,7 @@ from hardy.train.membership import (
     Membership,
     check_alike,
     has_come_late,
+    leads,
     membership_of,
     newest_of_any,
     one_at_a_time,
@@ -101,6 +103,9 @@ def _run(
         torch.cuda.set_device(hardware.device)
     with denormals_flushed(), ExitStack() as held:
         membership = membership_of(config, world, held)
+        elect = way_in(config, world, folder.path, held)
+        if elect is not None:
+            membership = Membership(replica=world.rank, replicas=world.size, elect=elect)
         if world.size == 1 or membership:
             train = partial(_train, config, folder, around, Alone(), hardware=hardware)
             return train(is_resumed=is_resumed, membership=membership)
@@ -169,7 +174,7 @@ def _train(
         sample=text,
         stopped_by=signal.Signals(stopped_by).name if stopped_by else None,
     )
-    if is_first:
+    if is_first or (assembly.outer is not None and leads(assembly.outer, assembly.grid.replica)):
         replace_json(folder.summary_file, asdict(summary))
     for hook in hooks:
         hook.on_end(summary)
@@ -363,7 +368,7 @@ def _progress_of_others(config: TrainConfig, folder: RunFolder, assembly: Assemb
     assembly.plan.schedule.reset(at_step=step)
     tokens = step * config.train.batch_packs * config.data.pack_tokens
     progress = Progress(step=step, tokens=tokens, evaluated_at=step, saved_at=step)
-    if assembly.grid.replica == 0 and folder.metrics_file.exists():
+    if folder.metrics_file.exists():
         losses = [line["loss"] for line in read_metrics(folder.metrics_file) if line["loss"] is not None]
         if losses:
             progress.first_loss, progress.last_loss = losses[0], losses[-1]

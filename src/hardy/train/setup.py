@@ -1,8 +1,8 @@
 """From a configuration to what trains: model, optimizer, strategy, batches. The same in all three worlds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -12,8 +12,8 @@ from hardy.data.corpus import Corpus
 from hardy.data.stream import PackStream
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.comm import Alone, Communicator
-from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.groups import Grid, OuterGroup, split
+from hardy.distributed.robust.config import CombinedConfig
 from hardy.distributed.sharded import parallelize, place
 from hardy.model.build import build_model
 from hardy.model.decoder import Decoder, unit_names
@@ -32,6 +32,7 @@ from hardy.train.loop import Batches, Plan
 from hardy.train.membership import Membership
 from hardy.train.plan import RunPlan, plan_run
 from hardy.train.step import AutocastSetting, Worker
+from hardy.train.trusted import packs_to_trust, trusted_draw
 
 
 class Stateful(Protocol):
@@ -107,8 +108,21 @@ def assemble(
         released = True
         _release(optimizer, model, sizes=together)
     guard = build_guard(config.optim, optimizer, device=hardware.device)
-    outer = membership.enter() if membership else None
-    trained = Trained(model=model, optimizer=optimizer, unit_names=names, comm=comm, grid=grid, outer=outer)
+    outer = membership.enter() if membership and membership.enter else None
+    # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
+    autocast = AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded)
+    held_out = _held_out(config, corpus, model, device=hardware.device, autocast=autocast)
+    trained = Trained(
+        model=model,
+        optimizer=optimizer,
+        unit_names=names,
+        comm=comm,
+        grid=grid,
+        outer=outer,
+        draw_trusted=held_out.draw_trusted,
+        seed=config.train.seed,
+        elect=membership.elect if membership else None,
+    )
     worker = Worker(
         model=model,
         optimizer=optimizer,
@@ -118,29 +132,62 @@ def assemble(
         replicas=grid.replicas,
         share=(grid.replica, grid.replicas) if membership else None,
         device=hardware.device,
-        # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
-        autocast=AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded),
+        autocast=autocast,
         clip_norm=config.optim.clip_norm if guard is None else None,
         guard=guard,
         released=released,
     )
-    validation = _stream(config, corpus, split="validation") if corpus.validation.num_documents else None
-    plan = Plan(
-        loop=config.train,
-        schedule=build_schedule(config.optim.schedule, peak=config.optim.lr, total_steps=config.train.steps),
-        batches=Batches(stream=stream, batch_packs=config.train.batch_packs, micro_packs=sizes.micro.packs),
-        validation=validation,
-        validation_packs=min(config.train.evaluate_packs, validation.num_packs or 0) if validation else 0,
-        checkpoint_every_steps=config.checkpoint.every_steps,
-    )
     return Assembly(
         worker=worker,
-        plan=plan,
+        plan=_plan(config, stream, held_out, sizes=sizes),
         identity=same_run,
         num_parameters=num_parameters,
         grid=grid,
         outer=outer,
     )
+
+
+def _plan(config: TrainConfig, stream: PackStream, held_out: "HeldOut", *, sizes: RunPlan) -> Plan:
+    """Return the settings of the loop, resolved."""
+    return Plan(
+        loop=config.train,
+        schedule=build_schedule(config.optim.schedule, peak=config.optim.lr, total_steps=config.train.steps),
+        batches=Batches(stream=stream, batch_packs=config.train.batch_packs, micro_packs=sizes.micro.packs),
+        validation=held_out.validation,
+        validation_packs=held_out.validation_packs,
+        checkpoint_every_steps=config.checkpoint.every_steps,
+    )
+
+
+class HeldOut(NamedTuple):
+    """Text that is not trained on."""
+
+    validation: PackStream | None
+    validation_packs: int
+    draw_trusted: Callable[[int], None] | None
+    """See `Trained`; None where no rule needs it."""
+
+
+def _held_out(
+    config: TrainConfig,
+    corpus: Corpus,
+    model: nn.Module,
+    *,
+    device: torch.device,
+    autocast: AutocastSetting,
+) -> HeldOut:
+    if not corpus.validation.num_documents:
+        validation, there = None, 0
+    else:
+        validation = _stream(config, corpus, split="validation")
+        there = validation.num_packs or 0
+    draw_trusted = None
+    if isinstance(config.strategy, CombinedConfig) and config.strategy.needs_trusted:
+        trusted = config.strategy.trusted
+        there = packs_to_trust(trusted, validation).start
+        assert validation is not None, "refused above"
+        draw_trusted = trusted_draw(model, validation, trusted, device=device, autocast=autocast)
+    return HeldOut(validation, min(config.train.evaluate_packs, there), draw_trusted)
 
 
 def _grid(config: TrainConfig, comm: Communicator, *, replicas: int, membership: Membership | None) -> Grid:
@@ -149,7 +196,7 @@ def _grid(config: TrainConfig, comm: Communicator, *, replicas: int, membership:
         alone = Alone(clock=comm.clock)
         me = membership.replica
         return Grid(inner=comm, outer=alone, replica=me, replicas=replicas, shard=comm.rank, shards=comm.size)
-    if isinstance(config.strategy, LocalUpdateConfig):
+    if config.strategy.replicas_step_alone:
         return split(comm, replicas=replicas, shards=comm.size // replicas)
     alone = Alone(clock=comm.clock)
     return Grid(inner=comm, outer=alone, replica=0, replicas=1, shard=comm.rank, shards=comm.size)

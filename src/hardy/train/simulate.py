@@ -6,7 +6,7 @@ after the step happens when it would. Nothing overlaps: an exchange that real wo
 takes its full time here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,10 @@ from hardy.distributed.comm import Alone, WorkerLostError
 from hardy.distributed.config import ClusterConfig, LocalUpdateConfig
 from hardy.distributed.groups import Grid, SimGroup, split
 from hardy.distributed.local.updates import LocalUpdates
+from hardy.distributed.robust.config import CombinedConfig
+from hardy.distributed.robust.election import rules_of
+from hardy.distributed.robust.fastest import FastestGroup
+from hardy.distributed.robust.fastest_simulated import SimWire
 from hardy.distributed.simulation import SimComm, SimWorld
 from hardy.model.build import build_model
 from hardy.model.decoder import unit_names
@@ -41,7 +45,8 @@ from hardy.train.simulate_config import EventConfig, Life, SimulationConfig, liv
 from hardy.train.simulate_result import STOPPED, Ledger, Point, StrategyResult, summarise
 from hardy.train.simulate_strategies import Entry
 from hardy.train.simulate_times import StepTimes
-from hardy.train.step import Worker, train_step
+from hardy.train.step import AutocastSetting, Worker, train_step
+from hardy.train.trusted import trusted_draw
 
 MOST_BYTES = 48e9
 """What all replicas together may take of this machine's memory, by estimate."""
@@ -190,8 +195,12 @@ class _Log:
         return self.total_steps % (self.config.task.evaluate_every_steps * self.config.workers) == 0
 
     def note_round(self, report: dict[str, Any]) -> None:
-        """Take down what a replica says of a round, if one ended."""
-        if not report:
+        """Take down what a replica says of a round, if one ended, or of a step."""
+        if "believed_workers" in report:
+            believed = report["believed_workers"]
+            left_out = [life for life in range(self.config.workers) if life not in believed]
+            self.flagged.setdefault(report["combined_steps"], left_out)
+        if "flagged_replicas" not in report:
             return
         number, members = report["round"], report.get("members", range(report["replicas"]))
         left_out = [self.lives[members[rank]].worker for rank in report["flagged_replicas"]]
@@ -281,7 +290,7 @@ class _Member:
         optim = AdamWConfig(lr=task.lr, schedule=schedule)
         optimizer = build_optimizer(optim, self.model)
         self.schedule: Schedule = build_schedule(schedule, peak=task.lr, total_steps=task.steps)
-        grid = _grid(comm, is_local=isinstance(entry.config, LocalUpdateConfig))
+        grid = _grid(comm, is_local=entry.config.replicas_step_alone)
         trained = Trained(
             model=self.model,
             optimizer=optimizer,
@@ -289,6 +298,9 @@ class _Member:
             comm=comm,
             grid=grid,
             outer=_group(comm, entry, log.config),
+            draw_trusted=_draw_trusted(self.model, entry, log.task),
+            seed=task.seed,
+            elect=_elect(comm, entry),
         )
         self.strategy = build_strategy(entry.config, trained)
         self.worker = Worker(
@@ -372,6 +384,28 @@ def _grid(comm: SimComm, *, is_local: bool) -> Grid:
         return split(comm, replicas=comm.size, shards=1)
     alone = Alone(clock=comm.clock)
     return Grid(inner=comm, outer=alone, replica=0, replicas=1, shard=comm.rank, shards=comm.size)
+
+
+def _elect(comm: SimComm, entry: Entry) -> Callable[[int], FastestGroup] | None:
+    """Return what brings a replica to the others, where the first k make each step."""
+    strategy = entry.config
+    if not isinstance(strategy, CombinedConfig) or strategy.fastest is None:
+        return None
+    rules = rules_of(strategy.fastest, num_faulty=strategy.f)
+    return lambda step: FastestGroup(SimWire(comm, rules=rules), replicas=comm.size, step=step)
+
+
+def _draw_trusted(model: nn.Module, entry: Entry, task: Task) -> Callable[[int], None] | None:
+    """Return what gives the gradient on trusted text, where the strategy leans on it."""
+    if not isinstance(entry.config, CombinedConfig) or not entry.config.needs_trusted:
+        return None
+    return trusted_draw(
+        model,
+        task.validation,
+        entry.config.trusted,
+        device=torch.device("cpu"),
+        autocast=AutocastSetting(),
+    )
 
 
 def _group(comm: SimComm, entry: Entry, config: SimulationConfig) -> SimGroup | None:

@@ -12,10 +12,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hardy.config import ConfigError
 from hardy.distributed import costs
-from hardy.distributed.config import CompressionConfig, LocalUpdateConfig, OuterSGDConfig
+from hardy.distributed.config import (
+    CompressionConfig,
+    LocalUpdateConfig,
+    OuterSGDConfig,
+    StrategyConfig,
+    SynchronousConfig,
+)
 from hardy.distributed.costs import Link, Traffic
 from hardy.distributed.local.triggers import EverySteps
+from hardy.distributed.robust.config import CombinedConfig
 from hardy.train.parameter_memory import decoder_weights
 from hardy.train.simulate_config import SimulationConfig, lives_of
 from hardy.train.simulate_fleet import Fleet, MemberLostError
@@ -63,13 +71,18 @@ def gradient_traffic(sizes: Sequence[int], num_workers: int) -> list[Traffic]:
         >>> gradient_traffic([1000], 4)
         [Traffic(bytes_sent=6000, hops=6)]
     """
+    return [costs.all_reduce(4 * size, num_workers) for size in bucket_sizes(sizes)]
+
+
+def bucket_sizes(sizes: Sequence[int]) -> list[int]:
+    """Return the elements of each bucket in which whole fp32 parameters travel."""
     buckets, filled = [], 0
     for size in sizes:
-        filled += 4 * size
-        if filled >= BUCKET_BYTES:
+        filled += size
+        if 4 * filled >= BUCKET_BYTES:
             buckets.append(filled)
             filled = 0
-    return [costs.all_reduce(size, num_workers) for size in [*buckets, *([filled] if filled else [])]]
+    return [*buckets, *([filled] if filled else [])]
 
 
 def sum_traffic(compression: CompressionConfig, size: int, num_workers: int) -> list[Traffic]:
@@ -108,7 +121,7 @@ def count_costs(config: SimulationConfig, entry: Entry) -> StrategyResult:
         run = _Local(config, strategy, fleet)
         act = run.run
     else:
-        run, act = None, lambda: _run_synchronous(config, fleet)
+        run, act = None, lambda: _run_together(config, fleet, step_traffic(config, strategy))
     stopped = None
     try:
         act()
@@ -119,10 +132,39 @@ def count_costs(config: SimulationConfig, entry: Entry) -> StrategyResult:
     return summarise(entry, config, fleet.ledger(took_part), rounds=rounds, stopped=stopped)
 
 
-def _run_synchronous(config: SimulationConfig, fleet: Fleet) -> None:
+def step_traffic(config: SimulationConfig, strategy: StrategyConfig) -> list[Traffic]:
+    """Return what a step sends in which all workers meet: gradients, the loss, whether anyone wants to stop.
+
+    Raises:
+        ConfigError: the strategy has no such step.
+    """
+    workers, sizes = config.workers, Sizes.of(config).parameters
+    if isinstance(strategy, SynchronousConfig):
+        return [*gradient_traffic(sizes, workers), costs.all_reduce(16, workers)]
+    if not isinstance(strategy, CombinedConfig) or strategy.fastest is not None:
+        name = f"strategy.name={strategy.name!r}"
+        what = "strategy.fastest" if isinstance(strategy, CombinedConfig) else name
+        raise ConfigError(f"costs alone are not counted for {what}; leave out --no-train")
+    if strategy.exchange == "scalars":
+        return [
+            costs.all_gather(24, workers),
+            *gradient_traffic(sizes, workers),
+            costs.all_gather(16, workers),
+        ]
+    slices = [4 * -(-size // workers) for size in bucket_sizes(sizes)]
+    found = [costs.all_to_all(workers * size, workers) for size in slices]
+    if strategy.needs_trusted and strategy.trusted.agree == "median":
+        found *= 2
+    # What decisions are made by is a few numbers per pair of workers.
+    found += [
+        costs.all_reduce(8 * 2 * (workers + 1), workers),
+        costs.all_reduce(8 * (workers + 1) ** 2, workers),
+    ]
+    return [*found, *(costs.all_gather(size, workers) for size in slices), costs.all_gather(16, workers)]
+
+
+def _run_together(config: SimulationConfig, fleet: Fleet, traffic: list[Traffic]) -> None:
     everyone = np.arange(config.workers)
-    traffic = gradient_traffic(Sizes.of(config).parameters, config.workers)
-    traffic.append(costs.all_reduce(16, config.workers))  # the loss, and whether anyone wants to stop
     for step in range(config.task.steps):
         fleet.work(everyone)
         fleet.meet_often(everyone, traffic)

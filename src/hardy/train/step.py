@@ -108,16 +108,18 @@ def train_step(
     )  # before the backward pass, which updates where gradients are released
     worker.strategy.before_forward()
     nll_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
-    for i, batch in enumerate(micro_batches):
+    for i, batch in enumerate([] if worker.strategy.skips_forward else micro_batches):
         with accumulating(worker.model, last=i == len(micro_batches) - 1):
             with worker.autocast.context():
                 nll = worker.model(batch.tokens_T, batch.layout, batch.labels_T)
             (nll * (worker.comm.size / share)).backward()
         nll_sum += nll.detach()
+    worker.strategy.note_loss(nll_sum)
     worker.strategy.reduce_gradients()
     parameters = [p for group in worker.optimizer.param_groups for p in group["params"]]
     norm, verdict = (nll_sum.new_zeros(()), None) if worker.released else _judge(worker.guard, parameters)
-    totals = worker.comm.sum(torch.stack([nll_sum, nll_sum.new_tensor(float(wants_stop))]))
+    totals = torch.stack([nll_sum, nll_sum.new_tensor(float(wants_stop))])
+    totals = worker.strategy.joint_totals(totals, worker.comm)
     verdicts = [verdict.found_inf, verdict.clipped] if verdict is not None else []
     # The step's only wait for the device: an update that holds a NaN must not happen.
     read = torch.cat([totals, *(number.double().reshape(1) for number in (norm, *verdicts))]).tolist()
@@ -127,14 +129,17 @@ def train_step(
     else:
         applied = math.isfinite(nll_total) and math.isfinite(norm_value)
         clipped = applied and worker.clip_norm is not None and norm_value > worker.clip_norm
-    left_out_for = ""
-    if applied:
+    left_out_for = worker.strategy.refusal
+    applied = applied and not left_out_for
+    if worker.strategy.is_overtaken:
+        applied, clipped = True, False
+    elif applied:
         told = _clip(worker, parameters, norm=norm, verdict=verdict) if clipped else {}
         worker.optimizer.step(**told)
     else:
         if worker.released:  # each parameter decided for itself; this only closes the step
             worker.optimizer.step()
-        left_out_for = _faults(worker, parameters, loss=nll_total / share, norm=norm_value)
+        left_out_for = left_out_for or _faults(worker, parameters, loss=nll_total / share, norm=norm_value)
     worker.strategy.after_step()
     worker.optimizer.zero_grad(set_to_none=True)
     return StepResult(

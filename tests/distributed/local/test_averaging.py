@@ -45,7 +45,7 @@ class Median(Aggregation):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(rows=TABLES)
 def test_weights_sum_to_one_over_those_that_are_left_and_are_zero_elsewhere(rule, rows):
     norms_NU = table(rows)
@@ -57,7 +57,7 @@ def test_weights_sum_to_one_over_those_that_are_left_and_are_zero_elsewhere(rule
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(rows=TABLES, seed=st.integers(0, 99))
 def test_permuting_replicas_permutes_the_weights(rule, rows, seed):
     norms_NU = table(rows)
@@ -69,7 +69,7 @@ def test_permuting_replicas_permutes_the_weights(rule, rows, seed):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(rows=TABLES)
 def test_a_replica_that_is_left_out_changes_nothing_for_the_others(rule, rows):
     norms_NU, count = table(rows), len(rows)

@@ -124,7 +124,7 @@ def test_a_watch_warns_after_ten_rounds_when_one_replica_counts_alone():
     said = [record(watch, ONE) for _ in range(20)]
     assert [text is not None for text in said] == ([False] * 9 + [True]) * 2
     assert "the averages of 1 of 2 units rest on fewer than 1.5 replicas (unit 1: 1.10)" in said[9]
-    assert "relative=true" in said[9] and "clip" not in said[9]
+    assert "strategy.relative_temperature=true" in said[9] and "clip" not in said[9]
 
 
 def test_a_watch_warns_when_most_rounds_are_clipped():
@@ -133,7 +133,7 @@ def test_a_watch_warns_when_most_rounds_are_clipped():
     assert said[:9] == [None] * 9
     assert said[9] == (
         "over the last 10 rounds, 1 of 2 units are clipped in more than 50% of the rounds (unit 0: 60%): "
-        "raise the clip norm, or switch it off"
+        "raise strategy.clip_norm, or set it to none"
     )
 
 

@@ -235,7 +235,7 @@ def test_state_that_would_be_lost_is_refused(kind, text):
             {},
             "'torch.optum.Adam': the module torch.optum cannot be imported .*module.Class",
         ),
-        ("Adam", {}, "'Adam': give module.Class, such as torch.optim.Adam"),
+        ("Adam", {}, "'Adam': give module.Class"),
         ("torch.optim.LBFGS", {}, r"LBFGS evaluates the loss within a step \(it needs a closure\)"),
         (
             "torch.optim.SparseAdam",

@@ -2,12 +2,10 @@
 
 import math
 
-import pytest
 import torch
 
-from hardy.distributed.comm import Alone
-from hardy.distributed.local.round import Pending, Table, describe
-from hardy.distributed.simulation import SimWorld
+from hardy.distributed.local.averaging import SoftmaxNorm
+from hardy.distributed.local.round import CONTROL, Table
 
 
 def table_of():
@@ -16,6 +14,8 @@ def table_of():
         norms_NU=torch.tensor([[1.0, 2.0], [math.nan, 3.0]], dtype=torch.float64),
         flags_NU=torch.tensor([[False, True], [True, True]]),
         steps_N=torch.tensor([4.0, 2.0], dtype=torch.float64),
+        rates_N=torch.tensor([0.4, 0.2], dtype=torch.float64),
+        cosines_N=torch.tensor([0.9, math.nan], dtype=torch.float64),
         weights_NU=torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64),
     )
 
@@ -25,30 +25,20 @@ def test_a_unit_is_empty_where_all_are_left_out_and_a_table_comes_back():
     assert table.is_empty == [False, True]
     again = Table.of([0, 2], table.tensors())
     assert again.is_empty == table.is_empty and torch.equal(again.steps_N, table.steps_N)
+    assert torch.equal(again.rates_N, table.rates_N) and again.cosines_N.isnan().tolist() == [False, True]
 
 
-def pending_of(products):
-    return Pending(
-        table=table_of(),
-        due_step=0,
-        exchanged=[None, None],
-        done=[True, True],
-        products=[torch.tensor(x, dtype=torch.float64) for x in products],
-        factors=[torch.tensor(0.5), torch.tensor(1.0)],
+def test_a_table_follows_from_the_rows_of_all():
+    numbers = [[4.0, 0.0, 0.0, 9.0, 0.4, 0.9], [2.0, 1.0, 0.0, 7.0, 0.2, math.nan]]
+    assert {len(row) for row in numbers} == {CONTROL}
+    rows_N = torch.tensor(
+        [[*numbers[0], 1.0, 2.0, 0.0, 0.0], [*numbers[1], 5.0, 3.0, 1.0, 0.0]], dtype=torch.float64
     )
-
-
-def test_the_numbers_of_a_round():
-    numbers = describe(pending_of([[4.0, 1.0, 9.0], [0.0, 0.0, 16.0]]), Alone(), me=0)
-    assert (numbers["outer_grad_norm"], numbers["pseudo_grad_norm"]) == (2.0, 5.0)
-    assert numbers["drift_cosine"] == pytest.approx(0.1)
-    assert numbers["effective_replicas"] == 1.0 and numbers["weight"] == 0.5
-    assert numbers["flagged_replicas"] == [0, 1] and numbers["nonfinite_units"] == 1
-    assert numbers["clip_share"] == 0.5 and numbers["replica_steps"] == [4.0, 2.0]
-
-
-def test_shards_add_up_and_a_standstill_has_no_direction():
-    world = SimWorld(2)
-    split_up = world.run(lambda comm: describe(pending_of([[4.0, 1.0, 9.0], [0.0, 0.0, 16.0]]), comm, me=1))
-    assert split_up[0]["pseudo_grad_norm"] == pytest.approx(50**0.5)
-    assert describe(pending_of([[0.0, 0.0, 9.0]]), Alone(), me=0)["drift_cosine"] is None
+    table = Table.gathered([0, 2], rows_N, SoftmaxNorm(1.0))
+    assert table.units == [0, 2] and table.steps_N.tolist() == [4.0, 2.0]
+    assert table.rates_N.tolist() == [0.4, 0.2] and table.cosines_N.nan_to_num(0.5).tolist() == [0.9, 0.5]
+    assert table.flags_NU.tolist() == [[False, False], [True, False]]
+    assert table.norms_NU.tolist() == [[1.0, 2.0], [5.0, 3.0]]
+    share = 1 / (1 + math.e)
+    expected = torch.tensor([[1.0, 1 - share], [0.0, share]], dtype=torch.float64)
+    assert torch.allclose(table.weights_NU, expected)

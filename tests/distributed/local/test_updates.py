@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -353,6 +354,28 @@ def test_a_replica_far_off_is_left_out_once_norms_are_known():
     assert results[0][1][9] == []
 
 
+@pytest.mark.parametrize(("relative", "left_out"), [(False, []), (True, [1])])
+def test_a_bad_replica_shows_in_norms_per_learning_rate_though_rates_and_norms_fall(relative, left_out):
+    anomaly = AnomalyConfig(name="ztest", warmup_rounds=4, delta=5.0, relative_to_rate=relative)
+    config = local(2, anomaly=anomaly)
+
+    def body(comm):
+        run, flagged = Run(comm, config, inner=lambda params: torch.optim.SGD(params, lr=0.02)), []
+
+        def grow(run):
+            if run.steps >= 12 and comm.rank == 1:
+                for param in run.model.parameters():
+                    param.grad.mul_(4)
+
+        for step in range(18):
+            run.optimizer.param_groups[0]["lr"] = 0.02 if step < 12 else 0.002
+            report = run.step(after_gradients=grow)
+            flagged += report["flagged_replicas"] if report else []
+        return sorted(set(flagged))
+
+    assert SimWorld(3).run(body) == [left_out] * 3
+
+
 @pytest.mark.parametrize("kind", [math.nan, math.inf])
 def test_where_all_are_left_out_the_round_is_undone_exactly(kind):
     def body(comm):
@@ -417,8 +440,9 @@ def test_one_replica_alone_is_moved_by_its_outer_optimizer():
 # ---- Saved and resumed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILY)
-@pytest.mark.parametrize("at", [3, 7, 8, 9])
+@pytest.mark.parametrize(
+    ("name", "at"), [*product(FAMILY, (7, 8)), *product(("edit", "streaming-mix", "delayed", "topk"), (3, 9))]
+)
 def test_a_run_resumed_at_any_step_is_the_run_bit_for_bit(name, at):
     def inner(params):
         return torch.optim.AdamW(params, lr=0.01)
@@ -428,23 +452,24 @@ def test_a_run_resumed_at_any_step_is_the_run_bit_for_bit(name, at):
         for _ in range(at):
             run.step()
         state = run.state()
-        for _ in range(8):
-            run.step()
+        told = [run.step().get("replica_rates") for _ in range(8)]
         run.strategy.finish()
-        return state, run.weights(), run.anchor()
+        return state, run.weights(), run.anchor(), (told, run.strategy.report.state_dict())
 
     results = SimWorld(2).run(whole)
 
     def rest(comm):
         run = Run(comm, FAMILY[name], inner=inner, seed=99)
         run.load(results[comm.rank][0])
-        for _ in range(8):
-            run.step()
+        told = [run.step().get("replica_rates") for _ in range(8)]
         run.strategy.finish()
-        return run.weights(), run.anchor()
+        return run.weights(), run.anchor(), (told, run.strategy.report.state_dict())
 
-    for (_, weights, anchor), (again, anchor_again) in zip(results, SimWorld(2).run(rest), strict=True):
+    for (_, weights, anchor, told), (again, anchor_again, told_again) in zip(
+        results, SimWorld(2).run(rest), strict=True
+    ):
         assert torch.equal(weights, again) and torch.equal(anchor, anchor_again)
+        assert str(told) == str(told_again)
 
 
 def test_more_replicas_begin_at_the_anchor_of_those_that_were():
@@ -546,6 +571,59 @@ def test_what_a_round_says_of_itself():
     assert report["bytes_sent"] > 0 and report["flagged_replicas"] == []
 
 
+def test_a_round_tells_norms_weights_and_cosines_of_all_replicas():
+    def body(comm):
+        run = Run(
+            comm, local(4, kind=EDiTConfig, warmup_steps=3), inner=lambda p: torch.optim.SGD(p, lr=0.05)
+        )
+        return [report for _ in range(15) if (report := run.step())]
+
+    mine, others = SimWorld(2).run(body)
+    alike = ("replica_norms", "replica_weights", "replica_rates", "replica_steps", "replica_cosines_before")
+    assert len(mine) == 3 and all(
+        a[key] == b[key] for a, b in zip(mine, others, strict=True) for key in alike
+    )
+    assert mine[0]["replica_cosines_before"] == [None, None]
+    for before, after in ((0, 1), (1, 2)):
+        cosines = [mine[before]["drift_cosine"], others[before]["drift_cosine"]]
+        assert mine[after]["replica_cosines_before"] == cosines
+    for a, b in zip(mine, others, strict=True):
+        assert a["replica_norms"] == pytest.approx([a["pseudo_grad_norm"], b["pseudo_grad_norm"]], rel=1e-6)
+        assert a["replica_weights"] == [a["weight"], b["weight"]] and sum(
+            a["replica_weights"]
+        ) == pytest.approx(1)
+        assert a["replica_rates"] == pytest.approx([4 * 0.05] * 2)
+
+
+def test_learning_rates_add_up_for_each_fragment_on_its_own():
+    config = local(4, kind=StreamingDiLoCoConfig, fragments=2, delay_steps=0, mix=0.0)
+
+    def body(comm):
+        run, told = Run(comm, config, inner=lambda p: torch.optim.SGD(p, lr=1.0)), {}
+        for step in range(1, 17):
+            run.optimizer.param_groups[0]["lr"] = 0.001 * step
+            report = run.step()
+            told |= {step: report["replica_rates"]} if report else {}
+        return told
+
+    told = SimWorld(2).run(body)[0]
+    assert len(told) >= 6
+    for step, rates in told.items():
+        assert rates == pytest.approx([0.001 * sum(range(max(step - 3, 1), step + 1))] * 2)
+
+
+def test_a_watch_of_the_weights_speaks_in_the_line_of_a_round():
+    config = local(1, kind=EDiTConfig, warmup_steps=0, temperature=1e-6, clip_norm=1e-6)
+
+    def body(comm):
+        run = Run(comm, config)
+        return [run.step().get("warning") for _ in range(10)]
+
+    for said in SimWorld(2).run(body):
+        assert said[:9] == [None] * 9
+        assert "4 of 4 units rest on fewer than" in said[9] and "4 of 4 units are clipped" in said[9]
+
+
 def test_gradients_of_the_warm_up_are_averaged_also_where_a_replica_has_none():
     def body(comm):
         run = Run(comm, replace(local(4), warmup_steps=3))
@@ -590,7 +668,9 @@ def elastic(config, *, founders, num_workers, steps, births=None, deaths=None):
         run = Run(comm, config, outer=SimGroup(comm, founders=founders))
         anchors = {}
         while run.strategy.step < steps:
-            run.step(work_s=0.01)
+            report = run.step(work_s=0.01)
+            if report:  # however often the round was begun
+                assert report["replica_rates"] == pytest.approx([0.05 * n for n in report["replica_steps"]])
             if run.strategy.round and run.strategy.is_together:
                 anchors[run.strategy.round] = run.anchor()
         run.strategy.finish()
@@ -684,6 +764,7 @@ def test_one_who_comes_in_the_middle_of_a_round_gets_its_result_and_nobody_waits
     assert dead is None and [report["round"] for report in first[1]] == [*range(1, 11)]
     second = first[1][1]
     assert second["members"] == [0, 2, 3] and second["joined"] == [3] and second["redone"] == 1
+    assert second["replica_rates"] == pytest.approx([0.2, 0.2, 0.0])  # also where it was begun again
     assert second["replica_steps"] == [4, 4, 0] and second["flagged_replicas"] == [2]
     assert all(report["replica_steps"] == [4, 4, 4] for report in first[1][2:])
     assert came[0][:2] == (8, 2) and torch.equal(came[0][2], first[2][2])

@@ -159,13 +159,14 @@ class Watch:
             parts.append(
                 f"the averages of {len(few)} of {num_units} units rest on fewer than "
                 f"{self.least_contributors} replicas (unit {worst}: {few[worst]:.2f}): their norms lie far "
-                f"apart for the temperature; set relative=true, or raise the temperature"
+                f"apart for the temperature; set strategy.relative_temperature=true, or raise "
+                f"strategy.temperature"
             )
         if often:
             worst = max(often, key=lambda u: often[u])
             parts.append(
                 f"{len(often)} of {num_units} units are clipped in more than {self.most_clipped:.0%} of the "
-                f"rounds (unit {worst}: {often[worst]:.0%}): raise the clip norm, or switch it off"
+                f"rounds (unit {worst}: {often[worst]:.0%}): raise strategy.clip_norm, or set it to none"
             )
         return f"over the last {self.rounds} rounds, " + "; ".join(parts) if parts else None
 

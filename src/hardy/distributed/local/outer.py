@@ -9,14 +9,13 @@ vector of the n elements of one unit that this worker holds.
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hardy.config import ConfigError, unknown_name
+from hardy.config import ConfigError, class_at
 
 Factory = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -157,7 +156,7 @@ class TorchOuter:
         Raises:
             ConfigError: no such class (the nearest is named), settings it does not take, or refused.
         """
-        optimizer_class = _class_at(path)
+        optimizer_class = class_at(path, Optimizer, kind="outer optimizer")
         try:
             return cls(lambda params: optimizer_class(params, **settings))
         except (TypeError, ValueError) as error:
@@ -230,27 +229,6 @@ def _by_unit(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         unit, _, name = key.partition("/")
         units.setdefault(int(unit), {})[name] = value
     return units
-
-
-def _class_at(path: str) -> type[Optimizer]:
-    """Import the optimizer class at a dotted path."""
-    home, _, leaf = path.rpartition(".")
-    try:
-        module = import_module(home) if home else None
-    except ImportError as error:
-        raise ConfigError(
-            f"outer optimizer {path!r}: the module {home} cannot be imported ({error}); give module.Class"
-        ) from error
-    if module is None:
-        raise ConfigError(f"outer optimizer {path!r}: give module.Class, such as torch.optim.Adam")
-    classes = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
-    }
-    if leaf not in classes:
-        raise ConfigError(unknown_name(path, "outer optimizer", [f"{home}.{name}" for name in classes]))
-    return classes[leaf]
 
 
 def _try_out(factory: Factory) -> None:

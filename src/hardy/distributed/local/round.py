@@ -1,21 +1,18 @@
-"""What a round of local-update training is made of: its parts, its table, its exchanges, its report.
+"""What a round of local-update training is made of: its parts, its table, its exchanges.
 
 Letters as in `updates`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hardy.distributed.comm import Communicator
 from hardy.distributed.local.anomaly import AnomalyGuard
 from hardy.distributed.local.averaging import Aggregation
 from hardy.distributed.local.compression import Compression
-from hardy.distributed.local.drift import effective_contributors
 from hardy.distributed.local.outer import OuterOptimizer
 from hardy.distributed.local.triggers import Trigger
 
@@ -38,6 +35,7 @@ class Manner:
 
     warmup_steps: int = 0
     clip_norm: float | None = None
+    judges_per_rate: bool = False
     inner_state: str = "keep"
     fragments: int = 1
     delay_steps: int = 0
@@ -45,6 +43,10 @@ class Manner:
     mix: float = 0.0
     layerwise: bool = False
     offload: bool = False
+
+
+CONTROL = 6
+"""Numbers of a replica in a row of the table, before its norms."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,10 @@ class Table:
     """bool: left out."""
     steps_N: Tensor
     """fp64, inner steps of each replica since the last round."""
+    rates_N: Tensor
+    """fp64, sum of the learning rates of each replica since the last round of these units."""
+    cosines_N: Tensor
+    """fp64, cosine of each replica's D to S in its last round; NaN where it had none or a length was 0."""
     weights_NU: Tensor
     """fp64; 0 where left out."""
 
@@ -68,8 +74,30 @@ class Table:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all but `units`."""
-        names = ("norms_NU", "flags_NU", "steps_N", "weights_NU")
+        names = ("norms_NU", "flags_NU", "steps_N", "rates_N", "cosines_N", "weights_NU")
         return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def gathered(cls, units: list[int], rows_N: Tensor, aggregation: Aggregation) -> "Table":
+        """Return the table that follows from the rows of all replicas.
+
+        Args:
+            units: U of them.
+            rows_N: [N, CONTROL + 2 U]: steps, three numbers for the engine, rates, cosine, norms, flags.
+            aggregation: gives the weights.
+        """
+        norms_NU, flags_NU = rows_N[:, CONTROL:].split(len(units), dim=1)
+        flags_NU = flags_NU != 0
+        seen_NU = torch.where(flags_NU, torch.inf, norms_NU)
+        return cls(
+            units=units,
+            norms_NU=norms_NU,
+            flags_NU=flags_NU,
+            steps_N=rows_N[:, 0],
+            rates_N=rows_N[:, 4],
+            cosines_N=rows_N[:, 5],
+            weights_NU=aggregation.weights(seen_NU, rows_N[:, 0]),
+        )
 
     @classmethod
     def of(cls, units: list[int], tensors: Mapping[str, Tensor]) -> "Table":
@@ -94,55 +122,5 @@ class Pending:
     products: list[Tensor] = field(default_factory=list)
     """[<S, S>, <D, S>, <D, D>] of the units done."""
     has_leftovers_kept: bool = False
-    factors: list[Tensor] = field(default_factory=list)
-    """Of the clip, by unit done."""
-
-
-def check_alike(vectors: Sequence[Tensor], outer: Communicator, *, names: Sequence[str]) -> None:
-    """Refuse replicas whose weights differ.
-
-    Args:
-        vectors: of each unit, this replica's.
-        outer: the replicas.
-        names: of the units.
-
-    Raises:
-        RuntimeError: they do; the text names the units.
-    """
-    sums_U = torch.stack([torch.stack([x.double().sum(), x.double().abs().sum()]) for x in vectors]).cpu()
-    apart = (outer.all_gather(sums_U) != sums_U).any(-1).any(0)
-    if apart.any():
-        differing = [name or "the root" for name, is_apart in zip(names, apart, strict=True) if is_apart]
-        raise RuntimeError(
-            f"the replicas' weights differ in {', '.join(differing[:3])} before they train alone; start all "
-            f"from the same checkpoint or seed"
-        )
-
-
-def describe(pending: Pending, shards: Communicator, *, me: int) -> dict[str, Any]:
-    """Return the numbers of a finished round, for the metrics file.
-
-    Args:
-        pending: the round.
-        shards: the workers that hold parts of this replica.
-        me: this replica's place.
-    """
-    table = pending.table
-    sum_square, dot, own_square = shards.sum(torch.stack(pending.products).sum(0)).tolist()
-    length = (sum_square * own_square) ** 0.5
-    healthy_U = ~table.flags_NU.all(0)
-    contributors_U = effective_contributors(table.weights_NU)[healthy_U]
-    clipped = [float(factor) < 1 for factor in pending.factors]
-    flagged_N = table.flags_NU.any(1)
-    return {
-        "replicas": len(flagged_N),
-        "pseudo_grad_norm": own_square**0.5,
-        "outer_grad_norm": sum_square**0.5,
-        "drift_cosine": dot / length if length > 0 else None,
-        "effective_replicas": contributors_U.mean().item() if len(contributors_U) else 0.0,
-        "weight": table.weights_NU[me].mean().item(),
-        "flagged_replicas": flagged_N.nonzero().flatten().tolist(),
-        "nonfinite_units": int((~table.norms_NU.isfinite()).sum()),
-        "clip_share": sum(clipped) / len(clipped) if clipped else 0.0,
-        "replica_steps": table.steps_N.tolist(),
-    }
+    factors: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Of the clip, by place of the units done; none where all replicas are left out."""

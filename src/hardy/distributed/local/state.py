@@ -127,6 +127,7 @@ def remember(strategy: "LocalUpdates") -> dict[str, Any]:
     plain: dict[str, Any] = {
         "replicas": strategy.outer.size,
         "counters": {key: getattr(strategy, key) for key in _COUNTERS},
+        "rates": [float(rate) for rate in strategy.rates],
         "pending": [],
     }
     states = {
@@ -134,6 +135,7 @@ def remember(strategy: "LocalUpdates") -> dict[str, Any]:
         "aggregation": parts.aggregation.state_dict(),
         "compression": parts.compression.state_dict(),
         "trigger": parts.trigger.state_dict(),
+        "report": strategy.report.state_dict(),
         **{f"anomaly{f}": guard.state_dict() for f, guard in enumerate(strategy.guards)},
     }
     for part, state in states.items():
@@ -172,6 +174,8 @@ def recall(strategy: "LocalUpdates", packed: Mapping[str, Any]) -> None:
     _take_common(strategy, common)
     strategy.parts.compression.load_state_dict(state_of("compression"))
     strategy.parts.trigger.load_state_dict(state_of("trigger"))
+    strategy.report.load_state_dict(state_of("report"))
+    strategy.rates = plain["rates"]
     for fragment, guard in enumerate(strategy.guards):
         guard.load_state_dict(state_of(f"anomaly{fragment}"))
     strategy.pending = [
@@ -194,6 +198,7 @@ def adopt(strategy: "LocalUpdates", common: Mapping[str, Any]) -> None:
     """Begin where others are: their anchor, momentum and counters, the weights at the anchor."""
     _take_common(strategy, common)
     strategy.steps_since = 0
+    strategy.rates = [0.0] * len(strategy.rates)
     strategy.pending = []
     for unit, anchor_n in enumerate(strategy.anchors):
         strategy.units.write(unit, anchor_n)

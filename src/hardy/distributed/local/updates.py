@@ -24,11 +24,12 @@ from hardy.distributed.local import inner_state
 from hardy.distributed.local import state as local_state
 from hardy.distributed.local.anomaly import AnomalyGuard
 from hardy.distributed.local.lane import Lane
-from hardy.distributed.local.round import Exchanged, Manner, Parts, Pending, Table, check_alike, describe
+from hardy.distributed.local.report import Report
+from hardy.distributed.local.round import Exchanged, Manner, Parts, Pending, Table
 from hardy.distributed.local.triggers import EverySteps
 from hardy.distributed.local.units import Units
-from hardy.distributed.sharded import local_part
-from hardy.distributed.strategy import BUCKET_BYTES, Strategy, buckets
+from hardy.distributed.local.warmup import average_gradients, check_alike
+from hardy.distributed.strategy import Strategy
 
 _NEVER = 1 << 62
 _EPSILON = 1e-6
@@ -67,6 +68,8 @@ class LocalUpdates(Strategy):
         """Finished rounds."""
         self.steps_since = 0
         """Own steps since the last round."""
+        self.rates = [0.0] * manner.fragments
+        """By fragment: learning rates of the own steps since its last round, added up."""
         self.total_steps = 0
         """Steps of all replicas together after the warm-up, up to the last round."""
         self.rollbacks = 0
@@ -81,12 +84,11 @@ class LocalUpdates(Strategy):
         self.lane = lane
         self.guards = [parts.anomaly(len(self._units_of(f))) for f in range(manner.fragments)]
         """By fragment: who is left out."""
+        self.report = Report([len(self._units_of(f)) for f in range(manner.fragments)])
         self.pending: list[Pending] = []
         self._room: dict[str, Any] | None = None
         self._asks_to_stop, self._stop_votes = False, 0
         self._is_wanted, self._has_met = False, False
-        self._report: dict[str, Any] = {}
-        self._joined, self._met, self._redone = list[int](), list[int](), 0
         self._has_looked, self._sits_out = False, False
 
     def before_forward(self) -> None:
@@ -123,15 +125,7 @@ class LocalUpdates(Strategy):
         """Average gradients over the replicas during the warm-up."""
         if self.anchors or self.outer.size == 1:
             return
-        params = self._all_parameters()
-        for param in params:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-        grads = [local_part(param.grad) for param in params if param.grad is not None]
-        for bucket in buckets(grads, bucket_bytes=BUCKET_BYTES):
-            mean = self.outer.mean(torch.cat([grad.reshape(-1) for grad in bucket]))
-            for grad, part in zip(bucket, mean.split([grad.numel() for grad in bucket]), strict=True):
-                grad.copy_(part.view_as(grad))
+        average_gradients(self._all_parameters(), self.outer)
 
     def after_step(self) -> None:
         """Count the step; hold the rounds that are due and do not wait for the next forward pass."""
@@ -139,6 +133,8 @@ class LocalUpdates(Strategy):
         if not self.anchors:
             return
         self.steps_since += 1
+        rate = self.optimizer.param_groups[0].get("lr", 1.0)
+        self.rates = [so_far + rate for so_far in self.rates]
         if not self.manner.layerwise:
             fragment = self._due_fragment()
             if fragment is not None:
@@ -200,8 +196,7 @@ class LocalUpdates(Strategy):
 
     def take_report(self) -> dict[str, Any]:
         """Return the numbers of the round that ended in this step, if one did."""
-        report, self._report = self._report, {}
-        return report
+        return self.report.take()
 
     def join(self) -> None:
         """Take over the place of those who train already, if this came to some; the first time only."""
@@ -216,7 +211,7 @@ class LocalUpdates(Strategy):
         """Where this replica came in the middle of others' round, be there; its own part is left out."""
         if self._sits_out:
             self._meet(self._units_of(0))
-            self._report = {}  # it belongs to no step of this replica
+            self.report.take()  # it belongs to no step of this replica
 
     def _begin_local(self) -> None:
         """Make the present weights the anchor, after all replicas were found to have the same."""
@@ -271,7 +266,7 @@ class LocalUpdates(Strategy):
         """Hold a round from beginning to end; where a replica is lost on the way, again without it."""
         round_before = self.round
         while True:
-            counted = self.steps_since, self.total_steps
+            counted = self.steps_since, self.total_steps, self.rates
             opened = False
 
             def begin() -> None:
@@ -289,9 +284,9 @@ class LocalUpdates(Strategy):
                 break
             self.pending.clear()
             self.parts.compression.rollback()
-            self.steps_since, self.total_steps = counted
+            self.steps_since, self.total_steps, self.rates = counted
             self._regroup()
-            self._redone += 1
+            self.report.redone += 1
             if self.round != round_before and not self._sits_out:
                 return  # the others had ended this round
         self._sits_out = False  # from here on it takes part
@@ -331,6 +326,8 @@ class LocalUpdates(Strategy):
         if self.outer.is_elastic:  # one that had to take over another's place may be behind it
             self.step = int(rows_N[:, 3].max())
         self._has_met, self.steps_since = True, 0
+        met = self._fragment_of(units)
+        self.rates = [0.0 if fragment == met else so_far for fragment, so_far in enumerate(self.rates)]
         count = len(units)
         self.pending.append(
             Pending(table=table, due_step=due_step, exchanged=[None] * count, done=[False] * count)
@@ -343,26 +340,22 @@ class LocalUpdates(Strategy):
             [torch.linalg.vector_norm(self._delta(unit), dtype=torch.float64).square() for unit in units]
         )
         norms_U = self._shards.sum(squares_U).sqrt().cpu()
-        flags_U = self._guard_of(units).flags(norms_U) | self._sits_out
-        control = torch.tensor(
-            [self.steps_since, self._asks_to_stop, self.outer.wants_members(), self.step],
-            dtype=torch.float64,
-        )
-        rows_N = self.outer.all_gather(torch.cat([control, norms_U, flags_U.double()]))
-        norms_NU, flags_NU = rows_N[:, 4:].split(len(units), dim=1)
-        flags_NU = flags_NU != 0
-        seen_NU = torch.where(flags_NU, torch.inf, norms_NU)
-        table = Table(
-            units=units,
-            norms_NU=norms_NU,
-            flags_NU=flags_NU,
-            steps_N=rows_N[:, 0],
-            weights_NU=self.parts.aggregation.weights(seen_NU, rows_N[:, 0]),
-        )
-        return table, rows_N[:, :4]
+        rate = float(self.rates[self._fragment_of(units)])
+        flags_U = self._guard_of(units).flags(self._judged(norms_U, rate)) | self._sits_out
+        control = [self.steps_since, self._asks_to_stop, self.outer.wants_members(), self.step]
+        control_C = torch.tensor([*control, rate, self.report.cosine], dtype=torch.float64)
+        rows_N = self.outer.all_gather(torch.cat([control_C, norms_U, flags_U.double()]))
+        return Table.gathered(units, rows_N, self.parts.aggregation), rows_N[:, :4]
+
+    def _fragment_of(self, units: list[int]) -> int:
+        return units[0] % self.manner.fragments
 
     def _guard_of(self, units: list[int]) -> AnomalyGuard:
-        return self.guards[units[0] % self.manner.fragments]
+        return self.guards[self._fragment_of(units)]
+
+    def _judged(self, norms_U: Tensor, rate: float) -> Tensor:
+        """Return norms as the guard sees them: they fall with the learning rate, a bad replica's too."""
+        return norms_U / rate if self.manner.judges_per_rate and rate > 0 else norms_U
 
     def _delta(self, unit: int) -> Tensor:
         """Return D [n], fp32, where the parameters are."""
@@ -405,7 +398,7 @@ class LocalUpdates(Strategy):
             if self.manner.clip_norm is not None:
                 norm = self._shards.sum(products[0]).sqrt()
                 factor = (self.manner.clip_norm / (norm + _EPSILON)).clamp(max=1.0)
-                pending.factors.append(factor)
+                pending.factors[place] = factor
                 sum_n = sum_n * factor.to(sum_n.dtype)
             sum_n = self.parts.aggregation.finish(unit, sum_n.to(anchor_n.device), anchor_n)
             self.parts.outer_optimizer.step(unit, anchor_n, sum_n)
@@ -417,7 +410,8 @@ class LocalUpdates(Strategy):
         for place in range(len(table.units)):
             self._launch(pending, place)
             self._finish(pending, place)
-        self._guard_of(table.units).observe(table.norms_NU[me], table.flags_NU, table.norms_NU)
+        judged_U = self._judged(table.norms_NU[me], float(table.rates_N[me]))
+        self._guard_of(table.units).observe(judged_U, table.flags_NU, table.norms_NU)
         self._keep_leftovers(pending)
         if not all(table.is_empty):
             self.parts.aggregation.commit()
@@ -427,18 +421,14 @@ class LocalUpdates(Strategy):
             self.repairs += inner_state.repair(self.optimizer, params, self._shards)
         self.round += 1
         self.parts.trigger.reset(self.inner.clock.now())
-        self._report = self._described(pending)
-
-    def _described(self, pending: Pending) -> dict[str, Any]:
-        numbers = describe(pending, self._shards, me=self.outer.rank)
         counters = {key: getattr(self, key) for key in ("round", "rollbacks", "repairs")}
-        if self.outer.is_elastic:
-            members = list(self.outer.members)
-            joined = {*members} & {*self._joined} | {*members} - {*(self._met or members)}
-            counters |= {"generation": self.outer.generation, "members": members}
-            counters |= {"joined": sorted(joined), "redone": self._redone}
-            self._joined, self._redone, self._met = [], 0, members
-        return counters | numbers | {"bytes_sent": self.outer.bytes_sent, "round_wait_s": self.wait_s}
+        self.report.note(
+            pending,
+            fragment=self._fragment_of(table.units),
+            shards=self._shards,
+            outer=self.outer,
+            counters=counters | {"round_wait_s": self.wait_s},
+        )
 
     def _keep_leftovers(self, pending: Pending) -> None:
         """Let compression keep what it left out of a round whose exchanges are done; once."""
@@ -457,7 +447,9 @@ class LocalUpdates(Strategy):
         source = int(rounds_N.argmax())
         if bool((rounds_N == rounds_N[source]).all()):
             return
-        self._joined += [self.outer.members[place] for place in (rounds_N < 0).nonzero().flatten().tolist()]
+        self.report.joined += [
+            self.outer.members[place] for place in (rounds_N < 0).nonzero().flatten().tolist()
+        ]
         mine_if_source = local_state.in_common(self) if self.outer.rank == source else {}
         news = local_state.share(self.outer, mine_if_source, source=source)
         if mine[0] < rounds_N[source]:

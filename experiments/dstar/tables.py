@@ -1,0 +1,92 @@
+"""The tables of the page, in Markdown."""
+
+from functools import partial
+
+from cells import TRUSTED_ALONE
+from claims import generated
+from grid import COLUMNS, DEFAULT, FOLDER, expected_values, mean, waiting_law, without_effect
+
+TITLES = {
+    "iid": "IID, f = 8, k = 20 (expected in brackets)",
+    "non-iid": "non-IID, f = 8, k = 20 (expected in brackets)",
+    "momentum iid": "IID, momentum 0.9 at the workers",
+    "momentum non-iid": "non-IID, momentum 0.9 at the workers",
+    "digits": "handwritten digits, IID",
+    "others": "other attacks, IID, seed 0",
+    "others non-iid": "other attacks, non-IID, seed 0",
+    "near half": "near the limit, IID, seed 0",
+}
+
+
+def text_of(results):
+    """Return accuracies, seed by seed."""
+    return " ".join(f"{result['accuracy']:.2f}".removeprefix("0") for result in results)
+
+
+def accuracy_table(name, table):
+    """Return attacks x rules."""
+    expected = {(t, a, r): pair for t, a, r, pair in expected_values()}
+    rules = list(max(table.values(), key=len))
+    lines = [f"| {TITLES[name]} | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
+    for attack, columns in table.items():
+        cells = []
+        for rule in rules:
+            pair = expected.get((name, attack, rule))
+            said = "" if pair is None else " (" + " ".join(f"{x:.2f}".removeprefix("0") for x in pair) + ")"
+            cells.append(f"{text_of(columns[rule])}{said}" if rule in columns else "–")
+        lines.append(f"| {attack} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def share(results, key):
+    """Return the mean of a share in percent."""
+    known = [result[key] for result in results if key in result]
+    return f"{100 * sum(known) / len(known):.0f} %" if known else "–"
+
+
+def accepted_table(table):
+    """Return what the dSTAR rules accept."""
+    rules = [rule for rule in COLUMNS if rule.startswith("dSTAR")]
+    lines = ["| IID: honest rows accepted, bad ones, empty steps | " + " | ".join(rules) + " |"]
+    lines.append("|---" * (len(rules) + 1) + "|")
+    for attack, columns in table.items():
+        cells = [
+            ", ".join(share(columns[rule], key) for key in ("accepted_honest", "accepted_bad", "empty"))
+            for rule in rules
+        ]
+        lines.append(f"| {attack} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def waiting_table(table):
+    """Return how long steps take, and what is reached."""
+    lines = [
+        "| k of 20 | time of a step | H_20 - H_(20-k) | mean: accuracy | dSTAR: accuracy |",
+        "|---|---|---|---|---|",
+    ]
+    for row, columns in table.items():
+        k = int(row.removeprefix("k="))
+        times = [result["step_time"] for results in columns.values() for result in results]
+        cells = [f"{sum(times) / len(times):.3f}", f"{waiting_law(k):.3f}"]
+        cells += [text_of(columns[rule]) for rule in ("mean", DEFAULT)]
+        lines.append(f"| {k} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def tables(results):
+    """Return all tables."""
+    found = results["tables"]
+    alone = {data: columns[TRUSTED_ALONE] for data, columns in found["trusted"].items()}
+    parts = [
+        f"**Training on the trusted gradient alone**, the bar for every table: {text_of(alone['gaussian'])} "
+        f"(mean {mean(alone['gaussian']):.3f}); digits {text_of(alone['digits'])}."
+    ]
+    parts += [accuracy_table(name, found[name]) for name in TITLES]
+    parts += [accepted_table(found["iid"]), waiting_table(found["stragglers"])]
+    harmless = without_effect(found)
+    parts.append(f"Attacks without effect: {', '.join(harmless) or 'none'}.")
+    return "\n\n".join(parts)
+
+
+page = partial(generated, FOLDER, table_of=tables)
+"""README.md with its tables made anew from the results."""

@@ -1,0 +1,25 @@
+"""Names of the attacks, for settings; free of torch. `attacks.ATTACKS` holds the classes."""
+
+ATTACK_NAMES = (
+    "alie",
+    "bit_flip",
+    "cosine",
+    "drift",
+    "edge",
+    "fang",
+    "gaussian",
+    "huge",
+    "identical",
+    "inf",
+    "ipm",
+    "mimic",
+    "min_max",
+    "min_sum",
+    "nan",
+    "one_nan",
+    "optimal",
+    "replay",
+    "sign_flip",
+    "stale",
+    "zero",
+)

@@ -1,0 +1,109 @@
+"""`hardy train` with the fastest k of n: slow, killed, NaN, 1e20; the run ends as one without."""
+
+import os
+import signal
+import statistics
+import time
+
+import pytest
+import torch
+
+from hardy.config import from_dict, override, to_dict
+from hardy.train import elections, loop, run
+from hardy.train.config import TrainConfig
+from hardy.train.metrics import read_metrics
+from hardy.train.plan import World
+
+pytestmark = pytest.mark.mp
+SIZE, K, STEPS, WORK_S, LATE_S = 8, 6, 24, 0.05, 0.4
+
+
+@pytest.fixture
+def fast_words(few_words):
+    changes = {
+        "train.steps": STEPS,
+        "train.batch_packs": SIZE,
+        "train.evaluate_every_steps": STEPS,
+        "train.evaluate_packs": 8,
+        "checkpoint.every_steps": STEPS,
+        "optim.schedule.warmup_steps": 3,
+        "strategy.name": "robust",
+        "strategy.rule": "trimmed_mean",
+        "strategy.f": 2,
+        "strategy.fastest.k": K,
+    }
+    return from_dict(TrainConfig, override(to_dict(few_words), changes))
+
+
+def train(comm, config, folder, *, troubles):
+    """Be one replica; `troubles` says what befalls whom. Worker 0 holds the elections too."""
+    trouble, real_step, count = troubles.get(comm.rank), loop.train_step, 0
+    run_dir, address = folder / "run", folder / "address"
+    if comm.rank == 0:
+        host = elections.election_host(config, run_dir, replicas=SIZE)
+        address.write_text(host.address)
+    comm.barrier()
+
+    def step(worker, *arguments, **named):
+        nonlocal count
+        count += 1
+        time.sleep(WORK_S + (LATE_S if trouble == "late" else 0.0))
+        if trouble == "killed" and count == STEPS // 3:
+            (folder / f"dies-{comm.rank}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if comm.rank == 0:  # as a launcher sees it
+            for file in folder.glob("dies-*"):
+                host.report_loss(int(file.name.removeprefix("dies-")))
+                file.unlink()
+        factor = {"nan": torch.nan, "huge": 1e20}.get(trouble)
+        hooks = []
+        if factor is not None:
+            spoil = lambda grad: torch.full_like(grad, factor)  # noqa: E731
+            hooks = [p.register_hook(spoil) for p in worker.model.parameters()]
+        try:
+            return real_step(worker, *arguments, **named)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    loop.train_step = step
+    world = World(rank=comm.rank, size=SIZE, store=address.read_text())
+    around = run.Surroundings(cache_dir=folder / "cache", world=world)
+    summary = run.start(config, run_dir, around)
+    (folder / f"done-{comm.rank}").touch()
+    if comm.rank == 0:  # the host outlives all others
+        living = SIZE - list(troubles.values()).count("killed")
+        while len(list(folder.glob("done-*"))) < living:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        host.close()
+    return summary.validation_loss, summary.steps
+
+
+def measured(run_workers, config, folder, troubles):
+    folder.mkdir()
+    dead = [rank for rank, trouble in troubles.items() if trouble == "killed"]
+    found = run_workers(
+        lambda comm: train(comm, config, folder, troubles=troubles), size=SIZE, may_die=dead, timeout_s=90.0
+    )
+    lines = list(read_metrics(folder / "run" / "metrics.jsonl"))
+    own = [line["step_time_s"] for line in lines if not line["overtaken"]]
+    losses = {loss for rank, (loss, _) in enumerate(found) if rank not in dead}
+    assert all(steps == STEPS for rank, (_, steps) in enumerate(found) if rank not in dead)
+    assert len(losses) == 1, "all who live have the same weights at the end"
+    return losses.pop(), statistics.median(own), lines
+
+
+@pytest.mark.slow
+def test_a_run_with_every_kind_of_trouble_ends_as_one_without(fast_words, run_workers, tmp_path, capsys):
+    clean_loss, clean_s, _ = measured(run_workers, fast_words, tmp_path / "clean", {})
+    troubles = {3: "late", 5: "killed", 6: "nan", 7: "huge"}
+    loss, step_s, lines = measured(run_workers, fast_words, tmp_path / "trouble", troubles)
+    with capsys.disabled():
+        print(f"\nstep {clean_s:.3f} s clean, {step_s:.3f} s in trouble; loss {clean_loss:.4f}, {loss:.4f}")
+    assert abs(loss / clean_loss - 1) <= 0.02
+    assert step_s < LATE_S, "nobody waits for the one that is late"
+    last = lines[-1]
+    assert last["lost"] >= 1 and last["late"] >= 1
+    assert any(6 in line["removed_workers"] for line in lines if not line["overtaken"])
+    assert not any(3 in line.get("elected", []) for line in lines[STEPS // 2 :]) or last["late"] > 1
