@@ -5,7 +5,6 @@ python experiments/dstar/run.py --smoke    # seconds, proves nothing but that it
 python experiments/dstar/run.py --report   # writes the tables of README.md from results/comparison.json
 """
 
-import logging
 import os
 import sys
 import time
@@ -25,7 +24,6 @@ def main():
     options = command_line(FOLDER, __doc__, page)
     if options is None:
         return 0
-    logging.getLogger("hardy").setLevel(logging.ERROR)  # rows that are not finite are told of at every step
     readme = FOLDER / "README.md"
     num_processes, began = (1 if options.smoke else options.processes), time.perf_counter()
     grid = Grid(smoke=options.smoke).tables()

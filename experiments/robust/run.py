@@ -109,8 +109,11 @@ def table(results):
     return "\n".join(lines)
 
 
+page = partial(generated, FOLDER, table_of=table)
+
+
 def main():
-    options = command_line(FOLDER, __doc__, partial(generated, FOLDER, table_of=table))
+    options = command_line(FOLDER, __doc__, page)
     if options is None:
         return 0
     began, steps = time.perf_counter(), STEPS
@@ -131,9 +134,7 @@ def main():
         results = {"losses": losses, "got": got, "steps": steps, "wall_s": wall_s, "cores": os.cpu_count()}
         write_results(FOLDER, "comparison", results)
         readme = FOLDER / "README.md"
-        readme.write_text(
-            generated(FOLDER, readme.read_text(encoding="utf-8"), table_of=table), encoding="utf-8"
-        )
+        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
     return 0 if holds or options.smoke else 1
 
 

@@ -573,7 +573,8 @@ def test_too_many_faulty_rows_are_refused(entry):
         return
     with pytest.raises(ConfigError) as caught:
         aggregator.check(least - 1)
-    assert entry.rule in str(caught.value) and f"num_faulty={f} among {least - 1} rows" in str(caught.value)
+    said = str(caught.value)
+    assert entry.rule in said and f"num_faulty={f} (strategy.f) among {least - 1} rows" in said
     assert f"let at least {least} rows take part" in str(caught.value)
     for legal in (2, 1):
         if max(entry.least(legal), (entry.arguments.get("keep") or 0) + legal) <= least - 1:

@@ -119,6 +119,17 @@ def accumulating(model: nn.Module, *, last: bool) -> Iterator[None]:
     yield
 
 
+def run_freely(model: nn.Module, *, last: bool) -> None:
+    """Let a worker have other numbers of micro-batches than others; call before each, inside `accumulating`.
+
+    FSDP2 then gathers weights in the first only and keeps them until the `last` backward pass: a worker that
+    gathered more often than the others would wait for them for ever. Others need nothing.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_reshard_after_forward(False)
+        model.set_reshard_after_backward(last)
+
+
 def place(param: Tensor, full: Tensor) -> None:
     """Give `param` the values of `full`, in place: of a sharded parameter its own shard, without
     communication.

@@ -108,7 +108,7 @@ def test_pre_aggregators_and_limits_in_errors():
     with pytest.raises(ConfigError) as caught:
         aggregator.check(10)
     assert str(caught.value) == (
-        "robust.rule='krum' after 'bucketing' after 'nnm' cannot bear num_faulty=2 among 10 rows; lower it "
+        "'krum' after 'bucketing' after 'nnm' cannot bear num_faulty=2 (strategy.f) among 10 rows; lower it "
         "to at most 1, or let at least 13 rows take part"
     )
 
@@ -118,3 +118,15 @@ def test_wrong_arguments_are_refused():
         Aggregator(Median(), num_faulty=-1)
     with pytest.raises(ConfigError, match="on_excess='raise' must be 'warn' or 'error'"):
         Aggregator(Median(), num_faulty=1, on_excess="raise")
+
+
+def test_a_row_that_fails_at_every_step_is_told_of_once(caplog):
+    rows = torch.ones(4, 3)
+    rows[2] = torch.nan
+    aggregator = build_aggregator("mean", num_faulty=0)
+    for step in range(3):
+        aggregator([rows], step=step)
+    assert caplog.text.count("rows [2] hold NaN") == 1
+    rows[1] = torch.inf
+    aggregator([rows])
+    assert "rows [1, 2] hold NaN" in caplog.text

@@ -89,6 +89,7 @@ class Aggregator:
         self.rule, self.num_faulty, self.pre = rule, num_faulty, tuple(pre)
         self.on_excess, self.seed = on_excess, seed
         self._memory = Memory(state=rule.start())
+        self._told: tuple[int, ...] = ()
 
     @property
     def needs_reference(self) -> bool:
@@ -119,7 +120,7 @@ class Aggregator:
         if self._withstands(num_rows, self.num_faulty):
             return
         names = " after ".join(repr(part.name) for part in (self.rule, *reversed(self.pre)))
-        refusal = f"the rule {names} cannot bear num_faulty={self.num_faulty} (strategy.f) among {num_rows} rows"
+        refusal = f"{names} cannot bear num_faulty={self.num_faulty} (strategy.f) among {num_rows} rows"
         legal = [f for f in range(num_rows) if self._withstands(num_rows, f)]
         ways = [f"lower it to at most {max(legal)}"] if legal else []
         if not self.rule.is_feasible(num_rows, self.num_faulty):
@@ -263,7 +264,9 @@ class Aggregator:
             raise TooManyFaultyRowsError(
                 f"{text}; raise it, or set on_excess='warn' to go on with the others"
             )
-        logger.warning("%s", text)
+        if removed != self._told:  # a worker that fails at every step is told of once
+            logger.warning("%s", text)
+            self._told = removed
 
     def _view(self, call: Call, rows: list[int], num_faulty: int, last: Sequence[Tensor] | None) -> View:
         """Return what the rule is to see: the good rows, prepared, and the last vector at the end."""
