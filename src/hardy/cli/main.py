@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
         takes_settings=True,
     ),
     "local-steps": Verb(module="local_steps", about="say how many steps replicas should take alone"),
+    "balance": Verb(module="balance", about="plan batches of mixed lengths, simulated, and profile a model"),
     "data": Verb(module="data", about="look at what a run would read", takes_settings=True),
     "doctor": Verb(module="doctor", about="say what this machine can do and what is missing"),
     "version": Verb(module="doctor", about="print the version"),

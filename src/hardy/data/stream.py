@@ -101,13 +101,21 @@ class PackStream:
     def batch(self, indices: Sequence[int]) -> PackedBatch:
         """Return the packs at `indices`, laid end to end in one row.
 
-        The label of a token is the next token of its document, even where a pack or piece ends between
-        them; the label of a document's last token is `end_id`.
-
         Raises:
             IndexError: there is no such pack.
         """
-        pieces = [piece for index in indices for piece in self._packer.pieces(index)]
+        return self.pack(self.pieces(indices))
+
+    def pieces(self, indices: Sequence[int]) -> list[Piece]:
+        """Return the pieces of documents that the packs at `indices` hold, without reading them."""
+        return [piece for index in indices for piece in self._packer.pieces(index)]
+
+    def pack(self, pieces: Sequence[Piece]) -> PackedBatch:
+        """Return pieces of documents, laid end to end in one row.
+
+        The label of a token is the next token of its document, even where a pack or piece ends between
+        them; the label of a document's last token is `end_id`.
+        """
         documents, starts, stops = np.array(pieces, dtype=np.int64).reshape(-1, len(Piece._fields)).T
         offsets, tokens = self._store.offsets, self._store.tokens
         lengths = stops - starts

@@ -1,9 +1,10 @@
 """From settings to a model."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hardy.config import ConfigError
 from hardy.model.config import ModelConfig, ShapeConfig
@@ -12,7 +13,13 @@ from hardy.model.presets import HF_PREFIX, resolve_shape
 from hardy.ops.attention import packed_attention
 
 
-def build_model(config: ModelConfig, *, vocab_size: int, device: torch.device | str = "meta") -> nn.Module:
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    device: torch.device | str = "meta",
+    attention: Callable[..., Tensor] = packed_attention,
+) -> nn.Module:
     """Build the model that `config` describes.
 
     A decoder has no weights yet: it stands on the meta device, or has uninitialised memory on `device`;
@@ -23,6 +30,7 @@ def build_model(config: ModelConfig, *, vocab_size: int, device: torch.device | 
         config: the model's settings.
         vocab_size: the tokenizer's.
         device: where parameters live.
+        attention: of a decoder; is given `backend=config.attention` besides.
 
     Raises:
         ConfigError: settings that contradict each other or the tokenizer.
@@ -33,8 +41,8 @@ def build_model(config: ModelConfig, *, vocab_size: int, device: torch.device | 
     else:
         shape = resolve_shape(config, vocab_size=vocab_size)
         with torch.device("meta"):
-            attention = partial(packed_attention, backend=config.attention)
-            model = Decoder(shape, attention=attention, recompute=config.recompute)
+            chosen = partial(attention, backend=config.attention)
+            model = Decoder(shape, attention=chosen, recompute=config.recompute)
         if torch.device(device).type != "meta":
             model.to_empty(device=device)
     if config.compile:

@@ -6,7 +6,7 @@ Every decision follows from values that all workers share, so all of them take i
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hardy.data.stream import PackStream
 from hardy.distributed.strategy import Strategy
@@ -63,6 +63,27 @@ def _plain(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
+class BatchSource(Protocol):
+    """Gives each worker its micro-batches of a step."""
+
+    @property
+    def micro_packs(self) -> int:
+        """Packs that a worker runs at once in validation."""
+        ...
+
+    def at(self, step: int, worker: Worker) -> list[PackedBatch]:
+        """Return this worker's micro-batches of step `step` (from 0), on its device."""
+        ...
+
+    def num_targets(self, step: int) -> int:
+        """Return the labels of the global batch of step `step`."""
+        ...
+
+    def take_report(self) -> dict[str, Any]:
+        """Return what there is to say of the last step's micro-batches, for the metrics, once."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batches:
     """Which packs a worker reads at a step: every W-th of the step's B packs, cut into micro-batches."""
@@ -84,6 +105,10 @@ class Batches:
         first = step * self.batch_packs
         return self.stream.num_targets(range(first, first + self.batch_packs))
 
+    def take_report(self) -> dict[str, Any]:
+        """Return nothing: every worker has as many packs."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -92,7 +117,7 @@ class Plan:
     loop: LoopConfig
     schedule: Schedule
     """Gives the learning rate; told each loss, and the only thing here that may change."""
-    batches: Batches
+    batches: BatchSource
     validation: PackStream | None
     validation_packs: int
     checkpoint_every_steps: int
@@ -170,7 +195,8 @@ def _step_and_evaluate(
         "busy_time_s": result.busy_s,
         "skipped": progress.skipped,
         "clipped": progress.clipped,
-    } | strategy.take_report()
+    }
+    line |= plan.batches.take_report() | strategy.take_report()
     every_steps = plan.loop.evaluate_every_steps
     if plan.validation and (is_last or _is_time(strategy, progress, every_steps, progress.evaluated_at)):
         progress.evaluated_at = progress.step

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hardy.balance.config import BalanceConfig
 from hardy.config import ConfigError, UserError, to_dict
 from hardy.data.corpus import Corpus
 from hardy.data.stream import PackStream
+from hardy.distributed.balance.attention import context_parallel_attention
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.comm import Alone, Communicator
 from hardy.distributed.groups import Grid, OuterGroup, split
@@ -18,17 +20,19 @@ from hardy.distributed.sharded import parallelize, place
 from hardy.model.build import build_model
 from hardy.model.decoder import Decoder, unit_names
 from hardy.model.init import initialise
-from hardy.model.presets import check_context
+from hardy.model.presets import DecoderShape, check_context
+from hardy.ops.attention import packed_attention
 from hardy.optim._shell import RuleOptimizer
 from hardy.optim.build import build_optimizer
 from hardy.optim.config import OptimizerConfig, QAPOLLOConfig, RuleConfig
 from hardy.optim.guard import GradGuard
 from hardy.optim.int8 import quantize_model
 from hardy.optim.schedules import build_schedule
+from hardy.train.balanced import balanced_batches, check_balance
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware
 from hardy.train.folder import differing
-from hardy.train.loop import Batches, Plan
+from hardy.train.loop import Batches, BatchSource, Plan
 from hardy.train.membership import Membership
 from hardy.train.plan import RunPlan, plan_run
 from hardy.train.step import AutocastSetting, Worker
@@ -90,8 +94,11 @@ def assemble(
     grid = _grid(config, comm, replicas=sizes.replicas, membership=membership)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
-    model = build_model(config.model, vocab_size=corpus.tokenizer.vocab_size)
-    names = unit_names(model)
+    check_balance(config)
+    model = build_model(
+        config.model, vocab_size=corpus.tokenizer.vocab_size, attention=_attention(config.balance)
+    )
+    names, shape = unit_names(model), getattr(model, "shape", None)
     document_tokens = config.data.document_tokens or config.data.pack_tokens
     check_context(getattr(model, "context_tokens", None), document_tokens=document_tokens)
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -101,16 +108,13 @@ def assemble(
     model = place_model(
         model, grid.inner, sizes=together, hardware=hardware, seed=config.train.seed, int8_group=int8_group
     )
-    sharded = sizes.shards > 1
     optimizer = build_optimizer(config.optim, model)
-    released = False
-    if isinstance(optimizer, RuleOptimizer) and isinstance(config.optim, RuleConfig) and config.optim.release:
-        released = True
-        _release(optimizer, model, sizes=together)
+    released = _released(config.optim, optimizer, model, sizes=together)
     guard = build_guard(config.optim, optimizer, device=hardware.device)
     outer = membership.enter() if membership and membership.enter else None
     # FSDP2 casts for itself: its mixed-precision policy also gathers in bf16.
-    autocast = AutocastSetting(device_type=hardware.device.type, enabled=hardware.bf16 and not sharded)
+    in_bf16 = hardware.bf16 and sizes.shards == 1
+    autocast = AutocastSetting(device_type=hardware.device.type, enabled=in_bf16)
     held_out = _held_out(config, corpus, model, device=hardware.device, autocast=autocast)
     trained = Trained(
         model=model,
@@ -137,9 +141,10 @@ def assemble(
         guard=guard,
         released=released,
     )
+    batches = _batches(config, stream, grid.inner, sizes=sizes, shape=shape)
     return Assembly(
         worker=worker,
-        plan=_plan(config, stream, held_out, sizes=sizes),
+        plan=_plan(config, batches, held_out),
         identity=same_run,
         num_parameters=num_parameters,
         grid=grid,
@@ -147,12 +152,35 @@ def assemble(
     )
 
 
-def _plan(config: TrainConfig, stream: PackStream, held_out: "HeldOut", *, sizes: RunPlan) -> Plan:
+def _attention(balance: BalanceConfig) -> Callable[..., Tensor]:
+    """Return how a decoder attends: where batches are planned, workers may share a document."""
+    if balance.mode == "none":
+        return packed_attention
+    return cast("Callable[..., Tensor]", context_parallel_attention)
+
+
+def _batches(
+    config: TrainConfig,
+    stream: PackStream,
+    comm: Communicator,
+    *,
+    sizes: RunPlan,
+    shape: DecoderShape | None,
+) -> BatchSource:
+    """Return who computes what of each global batch."""
+    if config.balance.mode == "none":
+        packs = config.train.batch_packs
+        return Batches(stream=stream, batch_packs=packs, micro_packs=sizes.micro.packs)
+    assert shape is not None, "other models were refused"
+    return balanced_batches(config, stream, comm, sizes=sizes, shape=shape)
+
+
+def _plan(config: TrainConfig, batches: BatchSource, held_out: "HeldOut") -> Plan:
     """Return the settings of the loop, resolved."""
     return Plan(
         loop=config.train,
         schedule=build_schedule(config.optim.schedule, peak=config.optim.lr, total_steps=config.train.steps),
-        batches=Batches(stream=stream, batch_packs=config.train.batch_packs, micro_packs=sizes.micro.packs),
+        batches=batches,
         validation=held_out.validation,
         validation_packs=held_out.validation_packs,
         checkpoint_every_steps=config.checkpoint.every_steps,
@@ -224,8 +252,13 @@ def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
     return config.group_columns
 
 
-def _release(optimizer: RuleOptimizer, model: nn.Module, *, sizes: RunPlan) -> None:
-    """Update parameters inside the backward pass of the last micro-batch."""
+def _released(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, model: nn.Module, *, sizes: RunPlan
+) -> bool:
+    """Let parameters be updated in the last backward pass of a step, where that was asked for."""
+    asked = isinstance(config, RuleConfig) and config.release
+    if not asked or not isinstance(optimizer, RuleOptimizer):
+        return False
     if sizes.replicas > 1 and sizes.shards == 1:
         raise ConfigError(
             f"optim.release=true works on one worker or with shards, and {sizes.num_workers} workers hold a "
@@ -233,6 +266,7 @@ def _release(optimizer: RuleOptimizer, model: nn.Module, *, sizes: RunPlan) -> N
         )
     # FSDP2 hands out gradients with the last micro-batch only.
     optimizer.enable_release(model, accumulation_steps=1 if sizes.shards > 1 else sizes.micro.count)
+    return True
 
 
 def place_model(

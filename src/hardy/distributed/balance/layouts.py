@@ -1,0 +1,198 @@
+"""The rows of one worker of a group, as a layout that a model takes in place of that of the whole pack.
+
+Such a layout says all that attention needs to know, so a block that is run again in the backward pass shares
+its work out as it did the first time. All of it follows from lengths: workers agree without a message.
+
+Shape suffixes: T rows of this worker, P tokens of the pack, N rows of keys that its queries look at.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hardy.distributed.balance.sharding import Integers, ranges, shard_documents, shared_row_of
+from hardy.distributed.comm import Communicator
+from hardy.ops.packed import IGNORED_LABEL, DocumentLayout, PackedBatch
+
+PADDING_TOKEN = 0
+
+
+@dataclass(kw_only=True)
+class ShardedLayout(DocumentLayout):
+    """Rows of one worker; what the base calls a document is here a piece of one."""
+
+    group: Communicator
+    """The workers that share the pack."""
+    token_of_T: Tensor
+    """Place in the pack of each row's token, int64; P of filling, which is a document of its own."""
+
+
+@dataclass(kw_only=True)
+class GatherLayout(ShardedLayout):
+    """Rows whose queries look at keys and values gathered from the group."""
+
+    keys: DocumentLayout
+    """Borders of the keys that each piece looks at; the pieces stand at their ends."""
+    shared_rows: int
+    """How many of the first rows the whole group sees; equal on all its workers."""
+    key_row_N: Tensor
+    """Where those keys lie: among all workers' shared rows end to end, then this worker's other rows."""
+    num_front_keys: int
+    """No row occurs twice among so many first of `key_row_N`, nor among those behind them."""
+
+    def to(self, device: torch.device | str) -> "GatherLayout":
+        """Return the layout with its tensors on `device`."""
+        plain = super().to(device)
+        return GatherLayout(
+            lengths=self.lengths,
+            cumulative_S=plain.cumulative_S,
+            positions_T=plain.positions_T,
+            group=self.group,
+            token_of_T=self.token_of_T.to(device, non_blocking=True),
+            keys=self.keys.to(device),
+            shared_rows=self.shared_rows,
+            key_row_N=self.key_row_N.to(device, non_blocking=True),
+            num_front_keys=self.num_front_keys,
+        )
+
+
+@dataclass(kw_only=True)
+class UlyssesLayout(ShardedLayout):
+    """A run of the pack; for attention, workers exchange runs of all heads for some heads of all runs."""
+
+    whole: DocumentLayout
+    """Borders of the documents of all runs; the filling comes last."""
+
+    def to(self, device: torch.device | str) -> "UlyssesLayout":
+        """Return the layout with its tensors on `device`."""
+        plain = super().to(device)
+        return UlyssesLayout(
+            lengths=self.lengths,
+            cumulative_S=plain.cumulative_S,
+            positions_T=plain.positions_T,
+            group=self.group,
+            token_of_T=self.token_of_T.to(device, non_blocking=True),
+            whole=self.whole.to(device),
+        )
+
+
+def gather_layout(lengths: tuple[int, ...], group: Communicator, *, split_tokens: int) -> GatherLayout:
+    """Return this worker's rows of a pack whose long documents are cut from both ends.
+
+    The rows are the fronts of cut documents, their backs, filling up to the fullest worker's, and whole
+    documents. A worker without any gets one row of filling, as no collective may miss a worker.
+
+    Args:
+        lengths: tokens of each document of the pack.
+        group: the workers that share it.
+        split_tokens: least tokens of a piece of a document; shorter documents stay whole.
+
+    Example:
+        >>> from hardy.distributed.comm import Alone
+        >>> gather_layout((2, 3), Alone(), split_tokens=0).token_of_T.tolist()
+        [0, 1, 2, 3, 4]
+    """
+    sharding = shard_documents(lengths, num_workers=group.size, split_tokens=split_tokens)
+    pieces, whole = sharding.pieces[group.rank], sharding.whole[group.rank]
+    row_of, begins = shared_row_of(sharding)
+    shared, size = sharding.shared_rows, np.asarray(lengths, dtype=np.int64)
+    filling = shared - pieces.num_tokens if shared or whole.size else 1
+    filled = [filling] if filling else []
+    begin = begins[pieces.documents]
+    key_tokens = ranges(begin, begin + pieces.stops)  # of a piece, all tokens of its document up to its end
+    own_rows = np.concatenate(  # of filling and whole documents
+        (
+            np.arange(pieces.num_tokens, shared) + group.rank * shared,
+            np.arange(size[whole].sum() + (filling if not shared else 0)) + group.size * shared,
+        )
+    )
+    rows = DocumentLayout.from_lengths([*map(int, (*(pieces.stops - pieces.starts), *filled, *size[whole]))])
+    return GatherLayout(
+        lengths=rows.lengths,
+        cumulative_S=rows.cumulative_S,
+        positions_T=_tensor(
+            np.concatenate(
+                (
+                    ranges(pieces.starts, pieces.stops),
+                    np.arange(filling),
+                    ranges(np.zeros_like(whole), size[whole]),
+                )
+            )
+        ),
+        group=group,
+        token_of_T=_tensor(
+            np.concatenate(
+                (
+                    ranges(begin + pieces.starts, begin + pieces.stops),
+                    np.full(filling, begins[-1]),
+                    ranges(begins[whole], begins[whole] + size[whole]),
+                )
+            )
+        ),
+        keys=DocumentLayout.from_lengths([*map(int, (*pieces.stops, *filled, *size[whole]))]),
+        shared_rows=shared,
+        key_row_N=_tensor(np.concatenate((row_of[key_tokens], own_rows))),
+        num_front_keys=int(pieces.stops[: pieces.num_fronts].sum()),
+    )
+
+
+def ulysses_layout(lengths: tuple[int, ...], group: Communicator) -> UlyssesLayout:
+    """Return this worker's run of a pack that is cut into equal runs, the last of them filled up.
+
+    Args:
+        lengths: tokens of each document of the pack.
+        group: the workers that share it.
+
+    Example:
+        >>> from hardy.distributed.comm import Alone
+        >>> ulysses_layout((2, 3), Alone()).positions_T.tolist()
+        [0, 1, 0, 1, 2]
+    """
+    num_tokens = sum(lengths)
+    run = -(-num_tokens // group.size)
+    filling = run * group.size - num_tokens
+    whole = DocumentLayout.from_lengths([*lengths, *([filling] if filling else [])])
+    begin, end = group.rank * run, (group.rank + 1) * run
+    cuts = np.unique(np.clip(whole.cumulative_S.numpy(), begin, end))
+    rows = DocumentLayout.from_lengths(np.diff(cuts).tolist())
+    return UlyssesLayout(
+        lengths=rows.lengths,
+        cumulative_S=rows.cumulative_S,
+        positions_T=whole.positions_T[begin:end].clone(),
+        group=group,
+        token_of_T=torch.arange(begin, end).clamp(max=num_tokens),
+        whole=whole,
+    )
+
+
+def shard_batch(batch: PackedBatch, layout: ShardedLayout) -> PackedBatch:
+    """Return the rows of a whole pack that `layout` gives this worker; filling has no label.
+
+    Labels belong to tokens, so they stay right wherever a document is cut. All on the host, before the
+    batch goes to its device: no step waits for how many of them count.
+    """
+    tokens_P = torch.cat((batch.tokens_T, batch.tokens_T.new_full((1,), PADDING_TOKEN)))
+    labels_P = torch.cat((batch.labels_T, batch.labels_T.new_full((1,), IGNORED_LABEL)))
+    labels_T = labels_P[layout.token_of_T]
+    return PackedBatch(
+        tokens_T=tokens_P[layout.token_of_T],
+        labels_T=labels_T,
+        layout=layout,
+        num_targets=int((labels_T != IGNORED_LABEL).sum()),
+    )
+
+
+def idle_batch() -> PackedBatch:
+    """Return one token without a label: a forward and backward pass through all weights that adds nothing."""
+    return PackedBatch(
+        tokens_T=torch.full((1,), PADDING_TOKEN),
+        labels_T=torch.full((1,), IGNORED_LABEL),
+        layout=DocumentLayout.from_lengths([1]),
+        num_targets=0,
+    )
+
+
+def _tensor(values: Integers) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))

@@ -1,0 +1,69 @@
+"""`hardy balance profile`."""
+
+import json
+
+import pytest
+
+from hardy.balance.cost import load_cost, shape_hash
+from hardy.balance.plan import Scheme
+from hardy.cli import balance_profile
+from hardy.cli.balance import model_sizes
+from hardy.cli.balance_profile import rows_to_measure
+from hardy.cli.main import main
+
+
+def test_rows_have_the_same_tokens_in_other_pieces():
+    rows = rows_to_measure(2048)
+    assert (64,) in rows and (2048,) in rows and (64,) * 32 in rows
+    assert all(len(set(row)) == 1 and sum(row) <= 2048 for row in rows)
+    assert len(rows) == len(set(rows)) == 11
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """Steps that take exactly what a law says: what a busy machine measures is no test."""
+
+    def law(_model, row, _device, _clock):
+        return 2.0 + sum(1e-5 * s * s + 0.01 * s for s in row)
+
+    monkeypatch.setattr(balance_profile, "_step_ms", law)
+
+
+def test_what_is_measured_is_fitted_and_stored(steady, capsys, tmp_path):
+    path = tmp_path / "cost.json"
+    assert main(["balance", "profile", "--cost", "1m", "--context", "512", "--out", str(path)]) == 0
+    text = capsys.readouterr().out
+    assert "held out" in text and f"wrote {path}" in text and "not measured" in text
+    cost = load_cost(path, model_hash=shape_hash(model_sizes("1m")))
+    own = cost.of(Scheme())
+    assert (own.a, own.b, own.c) == pytest.approx((1e-5, 0.01, 2.0))
+    assert [each.scheme.context for each in cost.schemes] == [1, 2, 4, 8]
+    facts = dict(cost.facts)
+    assert facts["derived"] == "cp2, cp4, cp8" and {"torch", "device", "dtype", "recompute"} <= set(facts)
+    assert main(["balance", "plan", "--cost", str(path), "--sequences", "9", "--batches", "1"]) == 0
+
+
+def test_as_json(steady, capsys):
+    words = ["balance", "profile", "--cost", "1m", "--context", "512", "--ranks", "1", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"][0]["error"] < 1e-6 and len(found["measured"]) == 10
+    assert len(found["cost"]["schemes"]) == 1
+
+
+def test_a_step_is_really_run(capsys):
+    from hardy.clock import WallClock
+
+    rows = rows_to_measure(64, shortest=16)
+    assert max(map(sum, rows)) <= 64
+    measured = balance_profile.measure(
+        "1m", longest=128, device=balance_profile.torch.device("cpu"), clock=WallClock()
+    )
+    assert all(each.time > 0 for each in measured)
+    assert {each.lengths for each in measured} == set(rows_to_measure(128))
+
+
+def test_a_file_that_cannot_be_written(steady, capsys, tmp_path):
+    words = ["balance", "profile", "--cost", "1m", "--context", "512"]
+    assert main([*words, "--out", str(tmp_path / "none" / "cost.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err

@@ -1,0 +1,39 @@
+"""`hardy train --balance.mode` on real workers: FSDP2 and DDP give the losses of one worker, step by step."""
+
+import pytest
+
+from hardy.config import from_dict, override, to_dict
+from hardy.data.corpus import prepare
+from hardy.distributed.comm import Alone
+from hardy.train.config import TrainConfig
+from hardy.train.device import choose_hardware
+from hardy.train.loop import Progress, run_loop
+from hardy.train.setup import assemble
+
+pytestmark = pytest.mark.mp
+
+
+def losses(config, folder, comm):
+    corpus = prepare(config.data, cache_dir=folder)
+    assembly, lines = assemble(config, comm, corpus=corpus, hardware=choose_hardware("cpu", "fp32")), []
+    run_loop(
+        assembly.worker,
+        assembly.plan,
+        Progress(),
+        save=lambda _: None,
+        record=lines.append,
+        stop=lambda: False,
+    )
+    return [(line["loss"], line.get("plan_groups")) for line in lines]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_planned_batches_give_the_losses_of_one_worker(shards, few_words, run_workers, tmp_path):
+    changes = {"train.steps": 4, "train.evaluate_packs": 2}
+    alone = losses(from_dict(TrainConfig, override(to_dict(few_words), changes)), tmp_path, Alone())
+    changes |= {"balance.mode": "dynamic_cp", "balance.cap_tokens": 16, "balance.split_tokens": 0}
+    changes |= {"strategy.mesh.shards": shards}
+    config = from_dict(TrainConfig, override(to_dict(few_words), changes))
+    for found in run_workers(lambda comm: losses(config, tmp_path, comm), size=4):
+        assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in alone], abs=1e-5)
+        assert any(max(groups) > 1 for _, groups in found)
