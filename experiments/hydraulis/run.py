@@ -158,14 +158,15 @@ def claimed(rows, cells, proposal):
 def table(results):
     """Return the tables of results as text."""
     lines = [
-        "| lengths | fixed s | balanced s | dynamic s | total | balance x strategies | idle | gap | plan ms |",
+        "| lengths | fixed s | balanced s | dynamic s | total | balance x choice | idle | gap | plan ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
         lines.append(
             f"| {row['source']}, {row['context']} | {row['fixed']:.2f} | {row['balanced']:.2f} "
             f"| {row['dynamic']:.2f} | {row['total']:.2f} "
-            f"| {row['balance']:.2f} x {row['heterogeneity']:.2f} | {row['idle']:.1%} | {row['gap']:.1%} | {row['planner_ms']:.0f} |"
+            f"| {row['balance']:.2f} x {row['heterogeneity']:.2f} | {row['idle']:.1%} "
+            f"| {row['gap']:.1%} | {row['planner_ms']:.0f} |"
         )
     lines += [
         "",

@@ -41,7 +41,7 @@ def problems(draw, most=6):
     times = (tokens[:, None] ** 2 + 10.0 * tokens[:, None]) / speeds
     times = np.where(tokens[:, None] <= caps, times, np.inf)
     bubbles = np.array(draw(st.lists(st.integers(0, 2), min_size=m, max_size=m)))
-    room = np.array(draw(st.lists(st.integers(60, 400), min_size=m, max_size=m)))
+    room = np.array(draw(st.lists(st.integers(60, 140), min_size=m, max_size=m)))
     return Problem(times=times, tokens=tokens, room=room, bubbles=bubbles)
 
 
@@ -92,6 +92,21 @@ def test_a_swap_stops_at_the_room():
 def test_the_bubble_counts_the_dearest_again():
     one = equal_takers(np.array([5.0, 3.0]), np.ones(2, np.int64), num_takers=1, room=2, bubble=2)
     assert finish_times(one, longest_first(one)).tolist() == [18.0]
+
+
+def test_a_move_counts_the_bubble_that_stays():
+    problem = equal_takers(np.array([6.0, 5.0, 4.0]), np.ones(3, np.int64), num_takers=2, room=3, bubble=1)
+    assert max(spans(problem, improve(problem, np.array([0, 0, 0]), rounds=1))) == 14.0
+
+
+def test_a_swap_needs_room_on_both_sides():
+    # Dear and short on taker 0, cheap and long on taker 1: exchanging them overflows taker 0.
+    times, tokens = np.array([[9.0, 3.0], [1.0, 1.0]]), np.array([2, 5])
+    none = np.zeros(2, np.int64)
+    tight = Problem(times=times, tokens=tokens, room=np.array([2, 5]), bubbles=none)
+    assert improve(tight, np.array([0, 1])).tolist() == [0, 1]
+    wide = Problem(times=times, tokens=tokens, room=np.array([5, 5]), bubbles=none)
+    assert improve(wide, np.array([0, 1])).tolist() == [1, 0]
 
 
 def test_longest_first_knows_no_place():

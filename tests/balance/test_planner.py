@@ -117,6 +117,20 @@ def test_more_freedom_never_costs(lengths):
     assert run.lower_bound <= lock.cost * (1 + 1e-9)
 
 
+def test_unlike_groups_beat_equal_ones_in_every_slot():
+    lengths, cost = wikipedia(512, context=191872), cost_preset("flexsp-6.7b-192k")
+    lengths[0] = 150_000
+    free = plan(lengths, world_size=64, cost=cost)
+    check(free, lengths.tolist(), cost)
+    assert len(free.slots) > 1
+    assert any(len({batch.group.scheme for batch in slot}) > 1 for slot in free.slots)
+    for own in cost.schemes:
+        if own.cap_tokens >= lengths.max():
+            degree = own.scheme.context
+            equal = plan(lengths, world_size=64, cost=cost, mode="dispatch", degree=degree)
+            assert free.cost < 0.85 * equal.cost
+
+
 @pytest.mark.parametrize("objective", ["lock_step", "free_running"])
 def test_equal_lengths_leave_nobody_idle(objective):
     made = plan([50] * 24, world_size=4, cost=SMALL, mode="dispatch", objective=objective)

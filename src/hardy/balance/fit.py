@@ -49,7 +49,8 @@ def non_negative_least_squares(matrix: Floats, target: Floats) -> Floats:
     """Return x >= 0 with the least |matrix x - target|, by trying every set of positive unknowns: few only.
 
     Example:
-        >>> non_negative_least_squares(np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([3.0, 1.0])).tolist()
+        >>> found = non_negative_least_squares(np.array([[1.0, 1.0], [1.0, 2.0]]), np.array([3.0, 1.0]))
+        >>> found.round(9).tolist()
         [2.0, 0.0]
     """
     size = matrix.shape[1]
