@@ -36,6 +36,21 @@ def test_long_sequences_have_fewer_ranks():
     assert found.time == pytest.approx(3 * 64)
 
 
+def test_two_long_ones_share_the_only_replica_that_holds_them():
+    found = replicas_bound(lengths(8, 7, 1), [own(), own(cap=4), own(cap=4)])
+    assert found.time == pytest.approx(8 * 8 + 7 * 7)
+
+
+def test_a_replica_that_holds_nothing_shares_nothing():
+    assert replicas_bound(lengths(8, 7), [own(), own(cap=4)]).time == pytest.approx(8 * 8 + 7 * 7)
+
+
+def test_unlike_speeds_for_the_same_ranks():
+    replicas = [own(tensor=4), own(a=2.0, tensor=4)]
+    found = replicas_bound(lengths(*[3] * 9), replicas)
+    assert found.time == pytest.approx(9 * 9 / 1.5)
+
+
 def test_the_constant_is_charged_by_the_token():
     cost = own(a=0.0, b=1.0, c=10.0, cap=5)
     assert charged(cost, lengths(5, 1)).tolist() == [15.0, 3.0]

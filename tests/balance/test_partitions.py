@@ -39,8 +39,8 @@ def makespan(groups, lengths):
 
 def test_the_beam_search_finds_what_trying_all_finds(monkeypatch):
     schemes = analytic_cost(SIZES, cap_tokens=4000, degrees=(1, 2, 4, 8, 16, 32, 64)).schemes
-    for lengths in chunks(4, size=120):
-        lengths[:14] = [60000, 31000, *[15000] * 4, *[7500] * 8]
+    for lengths in chunks(4, size=60):
+        lengths[:14] = [40000, 20000, *[9000] * 4, *[4500] * 8]
         beam = makespan(GroupChooser(schemes, num_ranks=64).choose(lengths), lengths)
         with monkeypatch.context() as patched:
             patched.setattr(partitions, "MOST_PARTITIONS", 5000)

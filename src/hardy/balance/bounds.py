@@ -36,9 +36,9 @@ def alone(cost: SchemeCost, lengths: Integers) -> Floats:
 def replicas_bound(lengths: Integers, replicas: Sequence[SchemeCost]) -> Bound:
     """Return the bound of free-running replicas.
 
-    The largest of: the dearest sequence on the replica that suits it best; the ranks' time of all sequences
-    above a length over the ranks that can hold those, for every length at which a replica drops out; and,
-    where there are fewer replicas than sequences, the two that must share one.
+    The largest of: the dearest sequence on the replica that suits it best; the weighted time of all sequences
+    above a length over the weights of the replicas that can hold those, for every length at which a replica
+    drops out; and, where those are fewer replicas than sequences, the two that must share one.
 
     Args:
         lengths: longest first.
@@ -46,16 +46,33 @@ def replicas_bound(lengths: Integers, replicas: Sequence[SchemeCost]) -> Bound:
     """
     kinds = list(dict.fromkeys(replicas))
     fastest = np.minimum.reduce([alone(cost, lengths) for cost in kinds])
-    ranks_time = np.minimum.reduce([cost.scheme.ranks * charged(cost, lengths) for cost in kinds])
-    summed = np.cumsum(ranks_time)
+    times = {cost: charged(cost, lengths) for cost in kinds}
     shared = 0.0
-    for threshold in {0, *(cost.cap_tokens for cost in kinds)}:
+    for threshold in sorted({0, *(cost.cap_tokens for cost in kinds)}):
         count = int(np.count_nonzero(lengths > threshold))
-        ranks = sum(cost.scheme.ranks for cost in replicas if cost.cap_tokens > threshold)
-        if count and ranks:
-            shared = max(shared, float(summed[count - 1]) / ranks)
-    shared = max(shared, _two_in_one(lengths, kinds, len(replicas)))
+        shortest = int(lengths[count - 1]) if count else 0
+        holders = [cost for cost in replicas if cost.cap_tokens >= shortest]
+        if count and holders:
+            held = {cost: times[cost][:count] for cost in dict.fromkeys(holders)}
+            pair = _two_in_one(lengths[:count], list(held), len(holders))
+            shared = max(shared, pair, *_weighted(held, holders))
     return _larger(fastest, shared)
+
+
+def _weighted(held: dict[SchemeCost, Floats], holders: Sequence[SchemeCost]) -> tuple[float, float]:
+    """Return sum_i min_j w_j tau_ij / sum_j w_j, which any weights make a bound, for two choices of them.
+
+    A replica weighs as many ranks as it has; or as much as it is fast, which is exact where all sequences are
+    as much slower on one replica as on another.
+    """
+    ranks = {cost: float(cost.scheme.ranks) for cost in held}
+    speeds = {cost: 1 / float(times[np.isfinite(times)].sum()) for cost, times in held.items()}
+
+    def bound(weights: dict[SchemeCost, float]) -> float:
+        least = np.minimum.reduce([weights[cost] * times for cost, times in held.items()])
+        return float(least.sum()) / sum(weights[cost] for cost in holders)
+
+    return bound(ranks), bound(speeds)
 
 
 def groups_bound(

@@ -22,8 +22,6 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 FORMAT = 1
 """Version of the file of a cost model."""
-SAFETY = 0.9
-"""Share of the tokens a memory estimate allows that is used until a profile exists."""
 
 
 @dataclass(frozen=True, kw_only=True)
