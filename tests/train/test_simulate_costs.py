@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from hardy.config import ConfigError
 from hardy.distributed.config import CompressionConfig
 from hardy.distributed.strategy import BUCKET_BYTES as TRAINED_BUCKET_BYTES
 from hardy.train.simulate import prepare_task, train_strategy
@@ -46,7 +47,9 @@ def both(table, task, **cluster):
 
 FAIL = [{"kind": "fail", "worker": 1, "at_s": 2.2}]
 FAMILY = {
-    **{name: {"name": name} for name in STRATEGIES},
+    **{name: {"name": name} for name in STRATEGIES if name != "push_sum"},
+    "robust slices": {"name": "robust", "rule": "median", "pre": [], "f": 1},
+    "dstar slices": {"name": "dstar", "f": 1, "exchange": "slices", "trusted": {"every_steps": 2}},
     "warm-up": {"name": "local_sgd", "every_steps": 3, "warmup_steps": 4},
     "too few steps": {"name": "a_edit", "every_s": 1.0, "min_steps": 9, "warmup_steps": 0},
     "bf16": {"name": "local_sgd", "every_steps": 5, "compression": {"name": "bf16"}},
@@ -94,6 +97,21 @@ def test_one_who_joins_is_sent_nearly_as_much(at_s, task):
     assert trained.bytes_sent == pytest.approx(counted.bytes_sent, rel=2e-3)
     assert trained.virtual_s == pytest.approx(counted.virtual_s, rel=2e-3)
     assert counted.worker_steps[1] > both(table, task, events=FAIL)[1].worker_steps[1]
+
+
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ({"name": "push_sum"}, "strategy.name='push_sum'"),
+        ({"name": "robust", "rule": "centered_clip", "pre": []}, "strategy.rule='centered_clip'"),
+        ({"name": "robust", "fastest": {"k": 3}}, "strategy.fastest"),
+    ],
+)
+def test_what_is_not_counted_is_said(table, what, task):
+    config = read_config({"workers": 4})
+    (entry,) = entries_of([table], config, {})
+    with pytest.raises(ConfigError, match=f"costs alone are not counted for {what}; leave out --no-train"):
+        count_costs(config, entry)
 
 
 def test_gradients_travel_in_the_trainers_buckets():

@@ -1,6 +1,7 @@
 """From words on a command line to a checked run: a recipe or a TOML file, then `--section.name value`."""
 
 import dataclasses
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ class Resolved:
     name: str
     """The recipe's name, or the file's without its ending; names the run folder."""
     config: TrainConfig
+
+
+_WIDTH = 130
+"""Columns of a line of the list of settings."""
 
 
 def resolve(target: str, arguments: Sequence[str] = ()) -> Resolved:
@@ -118,7 +123,12 @@ def settings_text(recipes_only: bool = False) -> str:
         default = "required" if setting.default is dataclasses.MISSING else as_words(setting.default)
         line = f"  --{setting.path} ({setting.allowed}; default {default})"
         only = f"[{setting.when}]" if setting.when else ""
-        lines += [f"{line} {only}".rstrip()] if len(line + only) < 110 else [line, f"      {only}"]
+        if len(line + only) < 110:
+            lines.append(f"{line} {only}".rstrip())
+        else:
+            wrapped = textwrap.wrap(line, _WIDTH, subsequent_indent="      ", break_long_words=False)
+            wrapped[0] = "  " + wrapped[0].lstrip()
+            lines += [*wrapped, f"      {only}"] if only else wrapped
         lines += [f"      {line}" for line in setting.doc.splitlines()]
     return "\n".join(lines)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from hardy.config import ConfigError
 from hardy.distributed import costs
+from hardy.distributed.aggregation.names import NEEDS_GRAM
 from hardy.distributed.config import (
     CompressionConfig,
     LocalUpdateConfig,
@@ -33,7 +34,7 @@ from hardy.train.simulate_times import Ints, StepTimes
 
 BUCKET_BYTES = 25_000_000
 """`hardy.distributed.strategy.BUCKET_BYTES`, which needs torch; a test holds them equal."""
-CONTROL_COLUMNS = 4
+CONTROL_COLUMNS = 6
 """Of a round's table, before norms and flags: steps, wish to stop, members that wait, step reached."""
 _NEVER = 1 << 62
 
@@ -121,7 +122,11 @@ def count_costs(config: SimulationConfig, entry: Entry) -> StrategyResult:
         run = _Local(config, strategy, fleet)
         act = run.run
     else:
-        run, act = None, lambda: _run_together(config, fleet, step_traffic(config, strategy))
+        every_steps = None
+        if isinstance(strategy, CombinedConfig) and strategy.needs_trusted:
+            every_steps = strategy.trusted.every_steps
+        traffic = step_traffic(config, strategy)
+        run, act = None, lambda: _run_together(config, fleet, traffic, trusted_every_steps=every_steps)
     stopped = None
     try:
         act()
@@ -141,32 +146,40 @@ def step_traffic(config: SimulationConfig, strategy: StrategyConfig) -> list[Tra
     workers, sizes = config.workers, Sizes.of(config).parameters
     if isinstance(strategy, SynchronousConfig):
         return [*gradient_traffic(sizes, workers), costs.all_reduce(16, workers)]
-    if not isinstance(strategy, CombinedConfig) or strategy.fastest is not None:
-        name = f"strategy.name={strategy.name!r}"
-        what = "strategy.fastest" if isinstance(strategy, CombinedConfig) else name
-        raise ConfigError(f"costs alone are not counted for {what}; leave out --no-train")
+    _check_countable(strategy)
+    assert isinstance(strategy, CombinedConfig), "checked"
+    parts = [-(-size // workers) for size in bucket_sizes(sizes)]
+    judged = costs.all_gather(16, workers)  # the losses, and who wants to stop
     if strategy.exchange == "scalars":
-        return [
-            costs.all_gather(24, workers),
-            *gradient_traffic(sizes, workers),
-            costs.all_gather(16, workers),
-        ]
-    slices = [4 * -(-size // workers) for size in bucket_sizes(sizes)]
-    found = [costs.all_to_all(workers * size, workers) for size in slices]
+        reports = costs.all_gather(24 if strategy.needs_trusted else 8, workers)
+        return [reports, *(costs.all_reduce(4 * workers * part, workers) for part in parts), judged]
+    found = [costs.all_to_all(4 * workers * part, workers) for part in parts]
     if strategy.needs_trusted and strategy.trusted.agree == "median":
         found *= 2
-    # What decisions are made by is a few numbers per pair of workers.
-    found += [
-        costs.all_reduce(8 * 2 * (workers + 1), workers),
-        costs.all_reduce(8 * (workers + 1) ** 2, workers),
-    ]
-    return [*found, *(costs.all_gather(size, workers) for size in slices), costs.all_gather(16, workers)]
+    found.append(costs.all_reduce(8 * 2 * (workers + 1), workers))  # norms and dots of all rows
+    if {strategy.rule, *(text.partition(":")[0] for text in strategy.pre)} & NEEDS_GRAM:
+        found.append(costs.all_reduce(8 * workers**2, workers))
+    return [*found, *(costs.all_gather(4 * part, workers) for part in parts), judged]
 
 
-def _run_together(config: SimulationConfig, fleet: Fleet, traffic: list[Traffic]) -> None:
+def _check_countable(strategy: StrategyConfig) -> None:
+    what = f"strategy.name={strategy.name!r}"
+    if isinstance(strategy, CombinedConfig):
+        if strategy.fastest is None and strategy.rule not in ("centered_clip", "aksel", "kardam"):
+            return
+        what = f"strategy.rule={strategy.rule!r}" if strategy.fastest is None else "strategy.fastest"
+    raise ConfigError(f"costs alone are not counted for {what}; leave out --no-train")
+
+
+def _run_together(
+    config: SimulationConfig, fleet: Fleet, traffic: list[Traffic], *, trusted_every_steps: int | None
+) -> None:
+    """Let all meet at every step; a trusted gradient takes as long as a step's own."""
     everyone = np.arange(config.workers)
     for step in range(config.task.steps):
         fleet.work(everyone)
+        if trusted_every_steps is not None and step % trusted_every_steps == 0:
+            fleet.work(everyone)
         fleet.meet_often(everyone, traffic)
         fleet.steps[everyone] += 1
         if step % 100 == 0:

@@ -11,6 +11,8 @@ from hardy.distributed.aggregation.aggregator import Aggregator
 def test_names_agree_with_the_tables():
     assert sorted(names.RULE_NAMES) == sorted(RULES)
     assert sorted(names.PRE_AGGREGATOR_NAMES) == sorted(PRE_AGGREGATORS)
+    both = {**RULES, **PRE_AGGREGATORS}
+    assert {name for name, part in both.items() if part.needs_gram} == names.NEEDS_GRAM
     assert {name for name, rule in RULES.items() if rule.name != name} == set()
     assert {name for name, rule in RULES.items() if rule.needs_reference} == names.NEEDS_REFERENCE
     alone = {name for name, rule in RULES.items() if Aggregator(rule(), num_faulty=1).is_self_reported}

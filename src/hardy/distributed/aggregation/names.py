@@ -39,6 +39,22 @@ NEEDS_REFERENCE = frozenset({"diversefl", "dstar", "fltrust", "zeno_plus_plus"})
 SELF_REPORTED = frozenset({"cge", "mean", "norm_clip", "norm_screen"}) | NEEDS_REFERENCE
 """Rules that need no more of a row than its squared norm and its dot with the trusted gradient."""
 
+NEEDS_GRAM = frozenset(
+    {
+        "bulyan",
+        "caf",
+        "centered_clip",
+        "dnc",
+        "geometric_median",
+        "krum",
+        "mda",
+        "monna",
+        "multi_krum",
+        "smea",
+    }
+) | {"bucketing", "nnm"}
+"""Rules, and what comes before them, that need inner products of rows."""
+
 PRE_AGGREGATOR_NAMES = ("arc", "bucketing", "clip", "nnm")
 """What may be done to the rows before the rule."""
 
