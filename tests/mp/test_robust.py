@@ -43,7 +43,7 @@ def vector_of(tensors):
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def dense(config, *, workers, bad=None, references=False):
+def dense(config, *, workers, bad=None):
     """Return the weights after some steps on whole stacks of gradients, in one process."""
     model, weights = Net(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -13,20 +13,14 @@ import torch
 from torch import Tensor
 
 from hardy.config import ConfigError
+from hardy.distributed.aggregation.stack import Total, identity
 from hardy.rng import seed_for
 
-Total = Callable[[Tensor], Tensor]
-"""Adds fp64 numbers over the workers that hold the other columns."""
 Rule = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
 """From blocks to one vector per block; none where the step is skipped. Changes nothing, nor its own state."""
 
 CHUNK_COLUMNS = 2**15
 """Columns at once: fp32 sums of so many are exact to 4e-7, and a chunk of 16 rows stays in the cache."""
-
-
-def identity(numbers: Tensor) -> Tensor:
-    """Return what is given: the total of a worker that holds all columns."""
-    return numbers
 
 
 @dataclass(frozen=True)

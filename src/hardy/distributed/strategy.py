@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from hardy.distributed.comm import Communicator
 from hardy.distributed.sharded import averages_in_backward
 
+SAVED_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64, torch.bool)}
+"""Dtypes of the small tensors of a strategy's state, by the name that a checkpoint has them under."""
 BUCKET_BYTES = 25_000_000
 """Gradients travel in buckets of about this size: large enough that latency does not count."""
 

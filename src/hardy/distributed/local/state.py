@@ -19,6 +19,7 @@ from hardy.distributed.comm import Communicator
 from hardy.distributed.local.round import Exchanged, Pending, Table
 from hardy.distributed.local.units import Units
 from hardy.distributed.sharded import local_part
+from hardy.distributed.strategy import SAVED_DTYPES
 
 if TYPE_CHECKING:
     from hardy.distributed.local.updates import LocalUpdates
@@ -27,7 +28,6 @@ Vectors = dict[str, Tensor]
 """`PART/UNIT/NAME` -> fp32 [n]."""
 
 _COUNTERS = ("step", "round", "steps_since", "total_steps", "rollbacks", "repairs", "wait_s")
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64, torch.bool)}
 
 
 def pack(units: Units, vectors: Vectors, small: Mapping[str, Tensor], plain: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def room_for(units: Units, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `pack` gave for a saved run, with zeros, to be filled."""
     vectors = {name: torch.zeros(units.sizes[_unit_of(name)]) for name in about["vectors"]}
     small = {
-        name: torch.zeros(shape, dtype=_DTYPES[dtype]) for name, (dtype, shape) in about["small"].items()
+        name: torch.zeros(shape, dtype=SAVED_DTYPES[dtype]) for name, (dtype, shape) in about["small"].items()
     }
     return pack(units, vectors, small, about["plain"])
 

@@ -1,6 +1,6 @@
 """The coordinator of a run: takes records, decides, answers. Pure; records and time are handed in.
 
-Paper: W. Yan et al., "dSTAR", arXiv 2412.07151 (the server's part; here it sees no gradient).
+Paper: J. Yan et al., "dSTAR", arXiv 2412.07151 (the server's part; here it sees no gradient).
 
 One step: members ANNOUNCE; the elected get GO and exchange gradients without the coordinator; each says
 DONE or FAILED. When all have it, COMMIT; when one has not, RETRY and another GO among the same arrivals,

@@ -1,6 +1,6 @@
 """Who takes part in a step: the first k replicas whose gradients are ready. Pure; time is handed in.
 
-Paper: W. Yan et al., "dSTAR", arXiv 2412.07151 (the first k of N).
+Paper: J. Yan et al., "dSTAR", arXiv 2412.07151 (the first k of N).
 Letters: N replicas, k, f faulty, c factor.
 With independent exponential times of mean 1 a step takes H_N - H_(N-k) on average (harmonic numbers).
 Ours: the deadline by median and median absolute deviation, the patience, starvation.

@@ -1,6 +1,6 @@
 """The fastest k of n, as a strategy uses it: announce, exchange among the elected, commit, catch up.
 
-Paper: W. Yan et al., "dSTAR", arXiv 2412.07151 (the first k of N gradients make a step).
+Paper: J. Yan et al., "dSTAR", arXiv 2412.07151 (the first k of N gradients make a step).
 Differs from the paper: no server. Replicas exchange among themselves; a coordinator, which sees no tensor,
 only says who takes part (`coordinator`). Ours: catching up by the state of one who took part; late
 gradients may enter the next step with weight 1 / (1 + steps late).

@@ -1,6 +1,6 @@
 """Settings of the fastest k of n: each step goes on with the first k replicas. Free of torch.
 
-Paper: W. Yan et al., "dSTAR", arXiv 2412.07151.   Letters: N = replicas, k, f = num_faulty.
+Paper: J. Yan et al., "dSTAR", arXiv 2412.07151.   Letters: N = replicas, k, f = num_faulty.
 Ours: the deadline, the patience and what happens to late gradients; the paper takes the first k.
 """
 

@@ -21,7 +21,7 @@ from hardy.distributed.robust.exchange import Exchange, Form, dot
 from hardy.distributed.robust.fastest import Decision, FastestGroup
 from hardy.distributed.robust.sender import Prepared, Sender
 from hardy.distributed.sharded import local_part
-from hardy.distributed.strategy import Strategy
+from hardy.distributed.strategy import SAVED_DTYPES, Strategy
 
 _ABOUT_BYTES = 16384
 """Room for what a rule remembers, as text: some numbers."""
@@ -266,14 +266,11 @@ def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        key: torch.tensor(value["values"], dtype=_DTYPES[value["dtype"]])
+        key: torch.tensor(value["values"], dtype=SAVED_DTYPES[value["dtype"]])
         if isinstance(value, dict)
         else value
         for key, value in state.items()
     }
-
-
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64, torch.bool)}
 
 
 def _written(state: Mapping[str, Any]) -> Tensor:

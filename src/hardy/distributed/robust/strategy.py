@@ -21,9 +21,7 @@ from hardy.distributed.robust.exchange import Exchange, Form
 from hardy.distributed.robust.sender import Sender
 from hardy.distributed.robust.trusted import TrustedGradient
 from hardy.distributed.sharded import local_part
-from hardy.distributed.strategy import Strategy
-
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.int64, torch.bool)}
+from hardy.distributed.strategy import SAVED_DTYPES, Strategy
 
 
 class Robust(Strategy):
@@ -127,7 +125,7 @@ class Robust(Strategy):
         if not saved:
             return
         small = {
-            f"rule/{key}": torch.zeros(shape, dtype=_DTYPES[dtype])
+            f"rule/{key}": torch.zeros(shape, dtype=SAVED_DTYPES[dtype])
             for key, (dtype, shape) in saved["about"]["small"].items()
         }
         room = self.state_dict() | small
