@@ -16,6 +16,9 @@ pytestmark = pytest.mark.mp
 def losses(config, folder, comm):
     corpus = prepare(config.data, cache_dir=folder)
     assembly, lines = assemble(config, comm, corpus=corpus, hardware=choose_hardware("cpu", "fp32")), []
+    if config.balance.mode != "none":  # where workers run freely, FSDP2 must be told so at each micro-batch
+        expected = "lock_step" if config.strategy.mesh.shards > 1 else "free_running"
+        assert assembly.plan.batches._objective == expected
     run_loop(
         assembly.worker,
         assembly.plan,

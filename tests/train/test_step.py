@@ -300,3 +300,38 @@ def test_a_step_waits_for_the_device_once(history, monkeypatch):
         )
     assert step(worker, batches).clipped
     assert waits == ["tolist"]
+
+
+class Says(Strategy):
+    """A strategy that answers what it was made with."""
+
+    def __init__(self, *, refusal="", is_overtaken=False, skips_forward=False):
+        self._answers = (refusal, is_overtaken, skips_forward)
+
+    @property
+    def refusal(self):
+        return self._answers[0]
+
+    @property
+    def is_overtaken(self):
+        return self._answers[1]
+
+    @property
+    def skips_forward(self):
+        return self._answers[2]
+
+
+@pytest.mark.parametrize(
+    ("answers", "applied", "reason"),
+    [
+        ({"refusal": "nobody is believed"}, False, "nobody is believed"),
+        ({"is_overtaken": True}, True, ""),
+        ({"skips_forward": True}, True, ""),
+    ],
+)
+def test_a_step_that_is_refused_overtaken_or_not_computed_moves_nothing(answers, applied, reason):
+    model = Toy()
+    before = copy.deepcopy(model.state_dict())
+    result = step(worker_of(model, strategy=Says(**answers)), [batch_of([1, 2, 3])])
+    assert (result.applied, result.left_out_for) == (applied, reason)
+    assert torch.equal(model.table, before["table"])

@@ -209,3 +209,24 @@ def test_the_state_of_an_optimizer_is_made_without_a_step(make):
     assert all(torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(param.grad, old) for param, old in zip(model.parameters(), held, strict=True))
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_an_exchange_that_is_done_again_finds_the_rule_as_it_was():
+    def body(comm):
+        side = Side(comm, k=3, rule="dstar", f=1, form="scalars")
+        side.step()
+        strategy, decide = side.strategy, side.strategy._work
+        before = strategy._combine.aggregator.state_dict()
+
+        def twice(decision, prepared):
+            first, second = decide(decision, prepared), decide(decision, prepared)
+            now = strategy._combine.aggregator.state_dict()
+            assert now["steps"] == before["steps"] and torch.equal(now["history"], before["history"])
+            assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+            return second
+
+        strategy._work = twice
+        side.step()
+        return strategy._combine.aggregator.state_dict()["steps"] - before["steps"]
+
+    assert SimWorld(3).run(body) == [1, 1, 1]
