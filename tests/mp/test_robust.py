@@ -149,6 +149,28 @@ def test_inside_one_group_a_rank_with_nan_is_left_out(name, wrap, run_workers):
     assert_all_equal(found, dense(config, workers=3, bad=2))
 
 
+def test_fsdp_divides_no_gradient_before_the_rule_in_any_dtype(run_workers):
+    """In fp64 FSDP2 divides before it reduces, unless told not to."""
+    config = as_ranks(RULES["median"])
+
+    def body(comm):
+        grid = Grid(inner=comm, outer=Alone(), replica=0, replicas=1, shard=comm.rank, shards=comm.size)
+        model = parallelize(
+            Net().double(), comm, replicas=1, shards=3, unit_names=UNITS, device_type="cpu", precision="fp32"
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        made = Trained(model=model, optimizer=optimizer, unit_names=UNITS, comm=comm, grid=grid)
+        strategy = build_strategy(config, made)
+        model(torch.ones(2, 5, dtype=torch.float64)).square().mean().backward()
+        strategy.reduce_gradients()
+        return vector_of(param.grad.full_tensor() for param in model.parameters())
+
+    alone = Net().double()
+    alone(torch.ones(2, 5, dtype=torch.float64)).square().mean().backward()
+    for found in run_workers(body, size=3):
+        torch.testing.assert_close(found, vector_of(param.grad for param in alone.parameters()))
+
+
 def test_dstar_by_reports_works_on_sharded_replicas(run_workers):
     config = DStarConfig(f=1)
     found = run_workers(lambda comm: trained(comm, config, replicas=3, bad=0), size=6)
