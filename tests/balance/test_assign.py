@@ -45,7 +45,7 @@ def problems(draw, most=6):
     return Problem(times=times, tokens=tokens, room=room, bubbles=bubbles)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems())
 def test_caps_are_kept_and_changes_only_help(problem):
     first = longest_first(problem)
@@ -61,7 +61,7 @@ def test_caps_are_kept_and_changes_only_help(problem):
     assert finish_times(problem, better).max() <= finish_times(problem, first).max() * (1 + 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_never_below_the_best_there_is(problem):
     first = longest_first(problem)

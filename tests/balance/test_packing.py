@@ -33,7 +33,7 @@ def best_fit_one_at_a_time(lengths, capacity_tokens):
     return sorted(map(sum, packs))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=lengths_lists, budget=budgets, seed=st.integers(0, 3), num_epochs=st.integers(1, 3))
 @pytest.mark.parametrize("name", PACKERS)
 def test_every_token_exactly_once_per_epoch_and_no_piece_too_long(name, lengths, budget, seed, num_epochs):
@@ -49,7 +49,7 @@ def test_every_token_exactly_once_per_epoch_and_no_piece_too_long(name, lengths,
         assert pieces and min(sizes) >= 1 and max(sizes) <= document_tokens and sum(sizes) <= pack_tokens
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=lengths_lists, budget=budgets)
 def test_each_epoch_of_the_stream_shows_every_token_once_in_full_packs_but_one(lengths, budget):
     pack_tokens, document_tokens = budget
@@ -75,7 +75,7 @@ def test_neighbouring_packs_of_the_stream_come_from_different_documents():
     assert second != batches[0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=lengths_lists, budget=budgets)
 def test_whole_cuts_only_what_is_too_long_and_keeps_its_packs_between_epochs(lengths, budget):
     pack_tokens, document_tokens = budget
@@ -96,7 +96,7 @@ def test_whole_shuffles_the_packs_of_each_epoch():
     assert [packer.epoch_of(index) for index in (0, 39, 40, 79, 80)] == [0, 0, 1, 1, 2]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
     capacity_tokens=st.integers(30, 60),

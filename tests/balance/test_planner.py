@@ -42,7 +42,7 @@ def check(made, lengths, cost):
 
 
 @pytest.mark.parametrize(("mode", "objective"), WAYS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=batches, world_size=st.sampled_from([1, 2, 3, 4, 6]))
 def test_every_plan_keeps_its_promises(mode, objective, lengths, world_size):
     made = plan(lengths, world_size=world_size, cost=SMALL, mode=mode, objective=objective)
@@ -50,7 +50,7 @@ def test_every_plan_keeps_its_promises(mode, objective, lengths, world_size):
 
 
 @pytest.mark.parametrize(("mode", "objective"), WAYS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_a_permuted_batch_gives_the_permuted_plan(mode, objective, data):
     lengths = data.draw(batches)
@@ -104,7 +104,7 @@ def test_small_batches_against_all_plans_there_are():
     assert np.mean(over) < 0.03 and max(over) < 0.15
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=batches)
 def test_more_freedom_never_costs(lengths):
     for objective in ("lock_step", "free_running"):

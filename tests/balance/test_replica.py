@@ -24,7 +24,7 @@ def time_of(lengths, packs, cost):
     return stage_time(costs, pipeline=cost.scheme.pipeline)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=15), st.sampled_from([FLAT, PIPE]))
 def test_every_sequence_once_and_caps(values, cost):
     lengths = lengths_of(values)

@@ -63,7 +63,7 @@ def test_a_label_is_the_next_token_of_the_document_even_beyond_the_pack(make_sto
     assert sorted(begins) == sorted([1, END, 2001, 3001, 4001])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(indices=st.lists(st.integers(0, 200), min_size=1, max_size=6))
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_a_batch_is_its_packs_end_to_end(tmp_path_factory, packing, indices):
@@ -118,6 +118,13 @@ def test_epochs_and_sizes(make_store):
     assert stream.num_packs is None and whole.num_packs is None
     assert [stream.epoch_of(index) for index in (0, 2, 3, 6)] == [0, 0, 1, 2]
     assert [whole.epoch_of(index) for index in (0, 2, 3, 6)] == [0, 0, 1, 2]
+
+
+def test_the_longest_document_is_cut_where_pieces_are(make_store):
+    store = make_store([6, 10, 4])
+    assert make_stream(store).longest_document == (1, 8)
+    assert make_stream(store, document_tokens=5).longest_document == (1, 5)
+    assert make_stream(store, pack_tokens=32).longest_document == (1, 10)
 
 
 @pytest.mark.parametrize(("packing", "num_packs"), [("stream", 3), ("whole", 3)])

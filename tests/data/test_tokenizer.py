@@ -74,7 +74,7 @@ def test_arrays_equal_lists(tokenizer):
     assert all(np.issubdtype(array.dtype, np.unsignedinteger) for array in arrays)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text())
 def test_bytes_take_any_text(text):
     assert BytesTokenizer().decode(BytesTokenizer().encode([text])[0]) == text

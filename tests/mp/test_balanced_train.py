@@ -18,7 +18,7 @@ def losses(config, folder, comm):
     assembly, lines = assemble(config, comm, corpus=corpus, hardware=choose_hardware("cpu", "fp32")), []
     if config.balance.mode != "none":  # where workers run freely, FSDP2 must be told so at each micro-batch
         expected = "lock_step" if config.strategy.mesh.shards > 1 else "free_running"
-        assert assembly.plan.batches._objective == expected
+        assert assembly.plan.batches.planning.objective == expected
     run_loop(
         assembly.worker,
         assembly.plan,
@@ -27,6 +27,9 @@ def losses(config, folder, comm):
         record=lines.append,
         stop=lambda: False,
     )
+    if config.balance.mode != "none":
+        assert all(line["plan_slowest_s"] >= line["plan_own_s"] > 0 for line in lines)
+        assert all(0 <= line["plan_measured_idle_share"] < 1 for line in lines)
     return [(line["loss"], line.get("plan_groups")) for line in lines]
 
 

@@ -16,12 +16,12 @@ import torch
 
 from hardy.config import UserError
 from hardy.distributed.groups import ExcludedError
-from hardy.distributed.robust import control
 from hardy.distributed.robust.control import ElectionHost, RunKey, StoreWire
 from hardy.distributed.robust.election import Rules
 from hardy.distributed.robust.election_log import ElectionLog, read_log
 from hardy.distributed.robust.fastest import FastestGroup
 from hardy.distributed.robust.records import Kind, Record
+from hardy.distributed.store import connect_store
 
 pytestmark = pytest.mark.mp
 
@@ -205,7 +205,7 @@ def test_a_straggler_is_skipped_and_rejoins(crew, capsys, tmp_path):
         took_s = [took for number in range(7) for took in results[number]["took_s"]]
         medians[slow_s] = statistics.median(took_s)
         if slow_s:  # a loaded machine may hold up a process now and then
-            assert sum(took >= 0.4 for took in took_s) <= 3, took_s
+            assert sum(took >= 0.4 for took in took_s) <= len(took_s) // 10, took_s
             assert results[7]["late"] >= 1 and results[7]["step"] == 12
         run.end()
     with capsys.disabled():
@@ -293,7 +293,7 @@ def trespass(pipe, address):
         StoreWire(address, 0, RunKey(run_id="a run", fingerprint="other", secret=KEY.secret)).join(0)
     with pytest.raises(UserError, match="replica 9 is refused: its number is not among those"):
         StoreWire(address, 9, KEY).join(0)
-    store = control.connect(address, timeout_s=5.0)
+    store = connect_store(address, timeout_s=5.0)
     for _ in range(3000):
         store.queue_push("fastest/join", b"\x80\x04pickled")
     store.queue_push("fastest/join", b"x" * (8 << 20))

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from hardy.ops.attention_backends import AttentionRule, documents_and_places, visible
+from hardy.ops.attention_backends import (
+    CAUSAL,
+    ROWS_OF_A_MASK,
+    AttentionRule,
+    documents_and_places,
+    reference_attention,
+    visible,
+)
 from hardy.ops.packed import DocumentLayout
 
 
@@ -38,3 +45,26 @@ def test_windows_that_mean_nothing_are_refused(wrong):
 def test_the_mask_is_boolean_and_on_its_device():
     mask = visible(2, 2, rule=AttentionRule(), device="meta")
     assert (mask.dtype, mask.device.type) == (torch.bool, "meta")
+
+
+@pytest.mark.parametrize("more", [1, 70, ROWS_OF_A_MASK, 2 * ROWS_OF_A_MASK + 3])
+@pytest.mark.parametrize("before", [1, 33])
+def test_long_pieces_go_in_steps_and_equal_one_call_with_a_mask(more, before):
+    """More queries than a mask has rows, and keys before them: fully masked attention written out."""
+    num_queries = ROWS_OF_A_MASK + more
+    num_keys = num_queries + before
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((num_queries, 4), (num_keys, 2), (num_keys, 2))
+    inputs = [torch.randn(*size, 8, generator=generator, dtype=torch.float64) for size in sizes]
+    query, key, value = (x.requires_grad_() for x in inputs)
+    queries, keys = (DocumentLayout.from_lengths([length]) for length in (num_queries, num_keys))
+    found = reference_attention(query, key, value, queries, keys=keys, rule=CAUSAL)
+    scores = torch.einsum("qhk,shk->hqs", query, key.repeat_interleave(2, dim=1)) * 8**-0.5
+    mask = visible(num_queries, num_keys, rule=CAUSAL, device="cpu")
+    shares = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    expected = torch.einsum("hqs,shk->qhk", shares, value.repeat_interleave(2, dim=1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    gradients = [torch.autograd.grad((x * weight).sum(), (query, key, value)) for x in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)

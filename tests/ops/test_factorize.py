@@ -60,7 +60,7 @@ def test_compress_of_nothing_is_zeros_without_nan():
     assert expand(*partly).tolist() == [[0.0, 0.0], [0.0, 4.0]]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     rows=st.integers(1, 12),
     cols=st.integers(1, 30),

@@ -68,7 +68,7 @@ def test_moments_of_the_normals():
     assert x.abs().max() <= 5.77
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     start=st.one_of(st.integers(0, 40), st.integers(2**34 - 20, 2**34 + 20), st.integers(2**58, 2**60)),
     count=st.integers(0, 13),

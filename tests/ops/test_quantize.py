@@ -64,7 +64,7 @@ def move(matrix, grad, *, factor=1.0, keep=1.0, mode="stochastic", step=1):
 # ---- Values and codes --------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 5),
     cols=st.integers(1, 70),

@@ -1,12 +1,11 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hardy.ops.packed import DocumentLayout
 from hardy.ops.rows import ROUNDING_TOKENS, from_rows, plan_rectangles, to_rows
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=12))
 def test_every_token_has_its_row_and_comes_back(lengths):
     layout = DocumentLayout.from_lengths(lengths)

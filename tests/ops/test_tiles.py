@@ -2,13 +2,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hardy.ops import tiles as tiling
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(0, 40),
     cols=st.integers(0, 40),

@@ -1,13 +1,22 @@
 """Planned batches: the run's losses do not depend on who computes what; what cannot be planned is refused."""
 
+import json
+import logging
+import math
+
 import pytest
 
 from hardy.balance.cost import DecoderSizes, analytic_cost
+from hardy.balance.refit import rescaled
 from hardy.config import ConfigError, UserError, from_dict, override, to_dict
 from hardy.data.corpus import prepare
+from hardy.distributed.balance.probe import LeakError
 from hardy.distributed.comm import Alone
 from hardy.distributed.simulation import SimWorld
-from hardy.train.balanced import check_balance, cost_of
+from hardy.ops.attention import packed_attention
+from hardy.ops.packed import DocumentLayout
+from hardy.train import balance_report
+from hardy.train.balanced import check_balance, cost_of, of_first
 from hardy.train.config import TrainConfig
 from hardy.train.device import choose_hardware
 from hardy.train.loop import Progress, run_loop
@@ -63,12 +72,16 @@ def test_every_mode_gives_the_losses_of_one_worker(corpus):
         for lines in SimWorld(4).run(lambda comm, config=config: losses(config, corpus, comm)):
             assert [line["loss"] for line in lines] == pytest.approx(alone, abs=1e-9)
             assert all(line["plan_gap"] >= 0 and line["plan_unit"] == "GFLOP" for line in lines)
+            assert all(0 < line["plan_cap_use"] <= line["plan_cap_use_most"] <= 1 for line in lines)
+            assert all(line["plan_long_documents"] == line["plan_tokens_left_out"] == 0 for line in lines)
+            assert json.loads(json.dumps(lines)) == lines
 
 
 def test_groups_of_several_are_tried_where_one_document_is_the_batch(corpus):
     config = make_config(balance__mode="dynamic_cp", balance__cap_tokens=48, balance__split_tokens=0)
     lines = SimWorld(4).run(lambda comm: losses(config, corpus, comm))[0]
-    assert any(max(line["plan_groups"]) > 1 for line in lines)
+    grouped = [line for line in lines if max(line["plan_groups"]) > 1]
+    assert grouped and all(line["plan_shared_share"] > 0 for line in grouped)
     alone = [line["loss"] for line in losses(make_config(), corpus, Alone())]
     assert [line["loss"] for line in lines] == pytest.approx(alone, abs=1e-9)
 
@@ -100,9 +113,122 @@ def test_what_no_plan_can_be_carried_out_with_is_refused(settings, text):
         check_balance(config)
 
 
+CUT = {"balance__mode": "dispatch", "balance__cap_tokens": 24}
+
+
+def test_a_document_too_long_for_every_worker_is_refused_before_the_first_step(corpus):
+    text = "tokens to attend over, .* holds 24; raise balance.cap_tokens .* balance.long_documents to split"
+    with pytest.raises(UserError, match=text):
+        assemble(make_config(**CUT), Alone(), corpus=corpus, hardware=HARDWARE)
+
+
+def test_documents_may_be_split_or_truncated_and_are_counted(corpus):
+    """Splitting trains on every token; what truncating leaves out is in no loss and in no count."""
+    tokens = [line["tokens"] for line in losses(make_config(), corpus, Alone())]
+    found = {}
+    for how in ("split", "truncate"):
+        config = make_config(**CUT, balance__long_documents=how)
+        alone, lines = (
+            losses(config, corpus, Alone()),
+            SimWorld(2).run(lambda c, k=config: losses(k, corpus, c)),
+        )
+        assert [line["loss"] for line in lines[0]] == pytest.approx(
+            [line["loss"] for line in alone], abs=1e-9
+        )
+        assert all(line["plan_long_documents"] > 0 for line in lines[0])
+        found[how] = lines[0]
+    assert [line["tokens"] for line in found["split"]] == tokens
+    left_out = [line["plan_tokens_left_out"] for line in found["truncate"]]
+    assert not any(line["plan_tokens_left_out"] for line in found["split"])
+    assert found["truncate"][-1]["tokens"] == tokens[-1] - sum(left_out)
+
+
+def test_metrics_hold_times_once_there_are_any(corpus):
+    lines = losses(make_config(balance__mode="dispatch", train__steps=6), corpus, Alone())
+    assert lines[0]["plan_predicted_s"] is None and lines[0]["plan_model_error"] is None
+    assert math.isclose(lines[0]["plan_own_s"], lines[0]["plan_slowest_s"])
+    assert all(0 < line["plan_own_s"] < line["busy_time_s"] for line in lines)
+    assert lines[-1]["plan_predicted_s"] > 0 and lines[-1]["plan_model_error"] >= 0
+    assert all(line["plan_measured_idle_share"] == 0 and line["plan_padding_share"] == 0 for line in lines)
+
+
+def test_the_document_that_is_the_bound_is_named(corpus):
+    config = make_config(balance__mode="dispatch", train__batch_packs=4)
+    lines = SimWorld(4).run(lambda comm: losses(config, corpus, comm))[0]
+    bound = [line for line in lines if line["plan_bound_tokens"] is not None]
+    assert bound
+    for line in bound:
+        assert corpus.train.lengths[line["plan_bound_document"]] >= line["plan_bound_tokens"] > 32
+    assert all(line["plan_bound_document"] is None for line in lines if line not in bound)
+
+
+def test_workers_that_leak_do_not_begin(corpus, monkeypatch):
+    def leaky(query, key, value, queries, *, keys=None, backend="auto"):
+        whole = DocumentLayout.from_lengths([query.shape[0]])
+        return packed_attention(query, key, value, whole, backend=backend)
+
+    monkeypatch.setattr("hardy.train.setup.context_parallel_attention", leaky)
+    config = make_config(balance__mode="dispatch")
+    with pytest.raises(LeakError, match="leaky and model.attention='auto' would mix documents"):
+        losses(config, corpus, Alone())
+    assert losses(make_config(balance__mode="dispatch", balance__isolation="skip"), corpus, Alone())
+
+
+def test_groups_are_made_before_the_first_step(corpus):
+    def groups_at_first(comm):
+        config = make_config(balance__mode="dynamic_cp", balance__split_tokens=0, train__batch_packs=12)
+        assembly = assemble(config, comm, corpus=corpus, hardware=HARDWARE)
+        batches = assembly.plan.batches
+        batches.at(0, assembly.worker)
+        return batches._planned.pool.num_made
+
+    assert SimWorld(4).run(groups_at_first) == [3] * 4
+    assert SimWorld(3).run(groups_at_first) == [1] * 3
+
+
+def test_fitted_costs_are_those_of_the_first_worker(corpus, caplog, monkeypatch):
+    """Workers time themselves differently, and must not plan differently for it."""
+    monkeypatch.setattr(balance_report, "STEPS_LOOKED_AT", 2)
+    monkeypatch.setattr(balance_report, "MOST_ERROR", -1.0)
+    monkeypatch.setattr(balance_report.OwnTime, "seconds", lambda self: 0.5)
+    config = make_config(balance__mode="dispatch", balance__model_error="refit", train__steps=8)
+
+    def run(comm):
+        assembly = assemble(config, comm, corpus=corpus, hardware=HARDWARE)
+        batches, units = assembly.plan.batches, []
+        for step in range(8):
+            batches.at(step, assembly.worker)
+            units.append(batches.take_report()["plan_unit"])
+        assert batches.take_report() == {}
+        return units, batches._check.cost
+
+    with caplog.at_level(logging.WARNING):
+        (units, cost), (_, other) = SimWorld(2).run(run)
+    assert units[0] == "GFLOP" and units[-1] == "ms"
+    assert cost == other
+    assert "costs are fitted again" in caplog.text
+
+
+def test_coefficients_come_from_the_first_worker():
+    def body(comm):
+        own = cost_at(1.0 + comm.rank)
+        return of_first(own, comm) == cost_at(1.0)
+
+    assert SimWorld(3).run(body) == [True] * 3
+
+
+def cost_at(factor):
+    sizes = DecoderSizes(1, 8, 16, 2, 2, 4, 32)
+    return rescaled(analytic_cost(sizes, cap_tokens=64), factor)
+
+
 def test_a_planner_that_is_off_takes_no_settings():
-    with pytest.raises(ConfigError, match="balance.cap_tokens=64 .* set balance.mode to pack, dispatch or"):
+    with pytest.raises(
+        ConfigError, match="balance.cap_tokens=64 mean.* set balance.mode to pack, dispatch or"
+    ):
         make_config(balance__cap_tokens=64)
+    with pytest.raises(ConfigError, match="balance.long_documents=split and balance.model_error=refit mean"):
+        make_config(balance__long_documents="split", balance__model_error="refit")
 
 
 def test_costs_of_another_model_are_refused(corpus, tmp_path):

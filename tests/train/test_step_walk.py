@@ -264,7 +264,7 @@ PLANS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(PLANS)
 def test_a_step_ends_as_it_began_but_for_gradients(plan):
     ledger = step_walk.walk_step(plan)
@@ -283,7 +283,7 @@ def test_a_step_ends_as_it_began_but_for_gradients(plan):
     assert sum(ledger.peak.values()) == ledger.peak_bytes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PLANS)
 def test_walking_all_blocks_changes_nothing(plan):
     short = step_walk.walk_step(plan)
@@ -293,7 +293,7 @@ def test_walking_all_blocks_changes_nothing(plan):
     assert (short.peak_bytes, short.peak, short.held) == (long.peak_bytes, long.peak, long.held)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PLANS)
 def test_what_saves_memory_saves_memory(plan):
     most = step_walk.walk_step(plan).peak_bytes

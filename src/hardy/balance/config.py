@@ -1,6 +1,6 @@
 """Settings of how documents are packed and spread over workers. Free of torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from hardy.config import Config, ConfigError, NonNegativeInt, PositiveInt
@@ -27,11 +27,29 @@ class BalanceConfig(Config):
     split_tokens: NonNegativeInt = 128
     """Of gather: documents shorter than 2 G times this stay whole in a group of G."""
 
+    long_documents: Literal["error", "split", "truncate"] = "error"
+    """What becomes of a piece of a document that no group of workers holds. error: the run ends. split: parts
+    that do not see each other. truncate: its end is left out of the batch. Metrics count both."""
+    isolation: Literal["check", "skip"] = "check"
+    """Whether a few forward passes before the first step prove that no document sees another."""
+    model_error: Literal["warn", "refit"] = "warn"
+    """What becomes of costs whose predictions are off by over 15 % (median). warn: a line in the log. refit:
+    they are fitted to the run's own steps; then plans, and the last bits of losses, depend on timings."""
+
     def __post_init__(self) -> None:
         """Refuse settings that nothing looks at."""
         super().__post_init__()
-        if self.mode == "none" and (self.cap_tokens is not None or self.cost is not None):
+        unseen = [
+            f"balance.{each.name}={getattr(self, each.name)}"
+            for each in fields(self)
+            if each.name in OF_THE_PLANNER and getattr(self, each.name) != each.default
+        ]
+        if self.mode == "none" and unseen:
             raise ConfigError(
-                f"balance.cap_tokens={self.cap_tokens} and balance.cost={self.cost} are looked at by a "
-                f"planner only; set balance.mode to pack, dispatch or dynamic_cp, or leave them out"
+                f"{' and '.join(unseen)} mean something to planners only; set balance.mode to pack, dispatch "
+                f"or dynamic_cp, or leave {'it' if len(unseen) == 1 else 'them'} out"
             )
+
+
+OF_THE_PLANNER = frozenset({"cap_tokens", "cost", "long_documents", "isolation", "model_error"})
+"""Settings that mean nothing where nothing is planned."""

@@ -3,28 +3,26 @@
 import argparse
 import dataclasses
 import platform
-import statistics
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from hardy.balance.fit import Fit, Measurement, fit_cost, with_degrees
-from hardy.balance.plan import Scheme
 from hardy.cli.balance import model_sizes, powers
 from hardy.cli.failure import SUCCESS
 from hardy.cli.output import print_json
 from hardy.clock import Clock, WallClock
 from hardy.config import UserError
+from hardy.distributed.balance.profile import SHORTEST, rows_to_measure
+from hardy.distributed.balance.profile import measure as time_micro_batches
+from hardy.distributed.balance.scheme import Sharer
+from hardy.distributed.comm import Alone
 from hardy.model.build import build_model
 from hardy.model.config import ModelConfig
 from hardy.model.init import initialise
 from hardy.model.presets import PRESETS
-from hardy.ops.packed import DocumentLayout
 
-SHORTEST = 64
-LENGTHS = 6
-"""Lengths from the shortest to the longest, in equal ratios; each alone, and the row filled with each."""
 REPEATS = 5
 COMMUNICATION = 0.05
 """Share by which context parallelism is taken to cost more; it is not measured by one process."""
@@ -67,54 +65,15 @@ def profile_action(arguments: argparse.Namespace) -> int:
     return SUCCESS
 
 
-def rows_to_measure(longest: int, *, shortest: int = SHORTEST) -> list[tuple[int, ...]]:
-    """Return micro-batches: each length alone, and as many of each as the longest has tokens.
-
-    Example:
-        >>> [(len(row), row[0]) for row in rows_to_measure(512)][:4]
-        [(1, 64), (8, 64), (1, 97), (5, 97)]
-    """
-    ratio = (longest / shortest) ** (1 / (LENGTHS - 1))
-    lengths = sorted({round(shortest * ratio**k) for k in range(LENGTHS)})
-    rows: dict[tuple[int, ...], None] = {}
-    for length in lengths:
-        rows.setdefault((length,))
-        rows.setdefault((length,) * (longest // length))
-    return list(rows)
-
-
 def measure(name: str, *, longest: int, device: torch.device, clock: Clock) -> list[Measurement]:
     """Return the time of forward and backward of every micro-batch, in ms: medians over rounds."""
     config = ModelConfig(name=name, context_tokens=longest, vocab_size=PRESETS[name].vocab_size)
     model = build_model(config, vocab_size=PRESETS[name].vocab_size, device=device)
     initialise(model, seed=0)
-    rows = rows_to_measure(longest)
-    times: dict[tuple[int, ...], list[float]] = {row: [] for row in rows}
-    for round_index in range(REPEATS + 1):
-        for row in rows:
-            took = _step_ms(model, row, device, clock)
-            if round_index:  # the first is a warm-up
-                times[row].append(took)
-    scheme = Scheme()
-    return [Measurement(scheme=scheme, lengths=row, time=statistics.median(times[row])) for row in rows]
-
-
-def _step_ms(model: torch.nn.Module, row: tuple[int, ...], device: torch.device, clock: Clock) -> float:
-    layout = DocumentLayout.from_lengths(row, device=device)
-    tokens_T = torch.arange(layout.num_tokens, device=device) % 256
-    _wait(device)
-    began = clock.now()
-    model(tokens_T, layout, tokens_T).backward()
-    _wait(device)
-    took = clock.now() - began
-    for parameter in model.parameters():
-        parameter.grad = None
-    return took * 1e3
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    shape = PRESETS[name]
+    sharer = Sharer(num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads)
+    rows, alone = rows_to_measure(longest), Alone(clock=clock)
+    return time_micro_batches(model, alone, rows, sharer=sharer, repeats=REPEATS, device=device)
 
 
 def _plain(measured: list[Measurement]) -> list[dict[str, Any]]:

@@ -52,11 +52,12 @@ class PackStream:
             raise UserError(f"data.document_tokens must be at most {limit}, got {document_tokens}")
         self._store = store
         self._pack_tokens = pack_tokens
+        self._document_tokens = document_tokens or pack_tokens
         self._end_id = end_id
         self._packer: Packer = PACKERS[packing](
             store.lengths,
             pack_tokens=pack_tokens,
-            document_tokens=document_tokens or pack_tokens,
+            document_tokens=self._document_tokens,
             seed=seed,
             num_epochs=num_epochs,
         )
@@ -65,6 +66,12 @@ class PackStream:
     def tokens_per_epoch(self) -> int:
         """Tokens in one pass, each of which is once an input and has one target."""
         return self._store.num_tokens
+
+    @property
+    def longest_document(self) -> tuple[int, int]:
+        """The document of the longest piece, and how many of its tokens attend as one at most."""
+        document = int(self._store.lengths.argmax())
+        return document, min(int(self._store.lengths[document]), self._document_tokens)
 
     @property
     def packs_per_epoch(self) -> int:

@@ -8,6 +8,7 @@ small documents before the first step. The only file of this room that imports t
 Shape suffixes: T packed tokens, D hidden size, H heads, K head size, V vocabulary, 1 the batch they want.
 """
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -154,9 +155,20 @@ def attend(
     key_1HTK: Tensor,
     value_1HTK: Tensor,
     attention_mask: Tensor | None,
+    *,
+    attention: Callable[..., Tensor] = packed_attention,
     **more: Any,
 ) -> tuple[Tensor, None]:
     """Attend as transformers' attention functions do, within the documents of the keyword `hardy_layout`.
+
+    Args:
+        module: the model's attention.
+        query_1HTK: queries of one row.
+        key_1HTK: its keys.
+        value_1HTK: its values.
+        attention_mask: must be None.
+        attention: `packed_attention`, or what takes its place and arguments.
+        more: what the model hands down.
 
     Returns:
         The output (1, T, H, K), and None for the weights.
@@ -186,7 +198,7 @@ def attend(
         window=None if window is None else window - 1,  # theirs counts the token itself
         scale=more.get("scaling"),
     )
-    out_THK = packed_attention(
+    out_THK = attention(
         query_1HTK[0].transpose(0, 1),
         key_1HTK[0].transpose(0, 1),
         value_1HTK[0].transpose(0, 1),

@@ -19,6 +19,8 @@ from hardy.ops.packed import DocumentLayout
 from hardy.ops.rows import from_rows, plan_rectangles, to_rows
 
 DENSE_MOST_TOKENS = 8192
+ROWS_OF_A_MASK = 256
+"""Rows of queries that share a mask; more look at more keys in vain, fewer make more calls."""
 RUN_MEAN_TOKENS = 96
 """Runs of equal documents at least this long on average get a call each, shorter documents are gathered."""
 
@@ -205,12 +207,37 @@ def _attend(query_BQHK: Tensor, key_BSHK: Tensor, value_BSHK: Tensor, *, rule: A
     num_queries, num_keys = query_BQHK.shape[1], key_BSHK.shape[1]
     triangle = rule.causal and num_queries == num_keys and (rule.window is None or rule.window >= num_keys)
     everything = not rule.causal or (num_queries == 1 and rule.window is None)
+    if rule.causal and rule.window is None and ROWS_OF_A_MASK < num_queries < num_keys:
+        return _attend_in_steps(query_BQHK, key_BSHK, value_BSHK, rule=rule)
     mask_QS = None
     if not triangle and not everything:
         mask_QS = visible(num_queries, num_keys, rule=rule, device=query_BQHK.device)
     return _scaled_dot_product(
         query_BQHK, key_BSHK, value_BSHK, mask=mask_QS, causal=triangle, scale=rule.scale
     )
+
+
+def _attend_in_steps(
+    query_BQHK: Tensor, key_BSHK: Tensor, value_BSHK: Tensor, *, rule: AttentionRule
+) -> Tensor:
+    """Attend causally with fewer queries than keys: rows by rows, each with the keys up to its end only.
+
+    One small mask does for all: it is looked at from where a step's keys begin, counted from their ends.
+    """
+    num_queries, num_keys = query_BQHK.shape[1], key_BSHK.shape[1]
+    mask_QS = query_BQHK.new_zeros(ROWS_OF_A_MASK, num_keys)
+    mask_QS[:, -ROWS_OF_A_MASK:] = mask_QS.new_full((ROWS_OF_A_MASK,) * 2, -torch.inf).triu(1)
+    outputs: list[Tensor] = []
+    sizes = [num_queries % ROWS_OF_A_MASK or ROWS_OF_A_MASK]
+    sizes += [ROWS_OF_A_MASK] * ((num_queries - sizes[0]) // ROWS_OF_A_MASK)
+    seen = num_keys - num_queries
+    for rows_BQHK in torch.split_with_sizes(query_BQHK, sizes, dim=1):
+        count = rows_BQHK.shape[1]
+        seen += count
+        mine = mask_QS[-count:, num_keys - seen :]
+        keys = (key_BSHK[:, :seen], value_BSHK[:, :seen])
+        outputs.append(_scaled_dot_product(rows_BQHK, *keys, mask=mine, causal=False, scale=rule.scale))
+    return torch.cat(outputs, dim=1)
 
 
 def _scaled_dot_product(

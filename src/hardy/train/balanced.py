@@ -4,36 +4,72 @@ Paper: Hydraulis (arXiv 2412.07894). What a global batch holds does not change, 
 who computes which piece of a document, alone or in a group that shares it.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import torch
 
 from hardy.balance.config import BalanceConfig
-from hardy.balance.cost import DecoderSizes, LengthCostModel, analytic_cost, load_cost, shape_hash
-from hardy.balance.plan import Objective, Plan
+from hardy.balance.cost import DecoderSizes, LengthCostModel, SchemeCost, analytic_cost, load_cost, shape_hash
+from hardy.balance.long_documents import Batch, LongDocuments, fit_pieces, too_long
+from hardy.balance.plan import Objective, Plan, Scheme
 from hardy.balance.planner import Mode, plan
 from hardy.config import ConfigError
 from hardy.data.stream import PackStream
+from hardy.distributed.balance.layouts import row_counts
+from hardy.distributed.balance.probe import check_isolation
 from hardy.distributed.balance.scheme import Sharer
 from hardy.distributed.balance.step import PlannedBatches
 from hardy.distributed.comm import Communicator
+from hardy.distributed.sharded import bare
 from hardy.model.presets import DecoderShape
 from hardy.ops.packed import PackedBatch
+from hardy.train.balance_report import CostCheck, OwnTime
 from hardy.train.config import TrainConfig
 from hardy.train.plan import RunPlan
 from hardy.train.step import Worker
 
 
+@dataclass(frozen=True, kw_only=True)
+class Planning:
+    """How each global batch is planned."""
+
+    mode: Mode
+    objective: Objective
+    cost: LengthCostModel
+    long_documents: LongDocuments = "error"
+    """See `BalanceConfig.long_documents`."""
+    isolation: Literal["check", "skip"] = "check"
+    model_error: Literal["warn", "refit"] = "warn"
+
+    def cap_tokens(self, world_size: int) -> int:
+        """Return the most tokens of one document that a group of workers holds."""
+        return max(own.cap_tokens for own in self._schemes(world_size))
+
+    def largest_group(self, world_size: int) -> int:
+        """Return the most workers that may share a document."""
+        return max(own.scheme.ranks for own in self._schemes(world_size))
+
+    def _schemes(self, world_size: int) -> Sequence[SchemeCost]:
+        free = self.mode == "dynamic_cp"
+        return self.cost.context_schemes(world_size) if free else (self.cost.of(Scheme()),)
+
+
 class BalancedBatches:
     """Which pieces of documents a worker computes at a step, by a plan of the step's whole batch.
+
+    Before the first step all groups that a plan may ask for are made, and the model is tried: no document may
+    see another.
 
     Args:
         stream: the packs whose pieces make a batch.
         batch_packs: packs of a batch.
         micro_packs: packs that a worker runs at once in validation.
         planned: turns plans into micro-batches.
-        cost: what sequences cost.
-        mode: see `plan`.
-        objective: see `plan`.
+        planning: how batches are planned.
+        vocab_size: the model's, for trying it.
     """
 
     def __init__(
@@ -43,42 +79,133 @@ class BalancedBatches:
         batch_packs: int,
         micro_packs: int,
         planned: PlannedBatches,
-        cost: LengthCostModel,
-        mode: Mode,
-        objective: Objective,
+        planning: Planning,
+        vocab_size: int,
     ) -> None:
-        self.micro_packs = micro_packs
+        self.micro_packs, self.planning, self._vocab_size = micro_packs, planning, vocab_size
         self._stream, self._batch_packs, self._planned = stream, batch_packs, planned
-        self._cost = cost
-        self._mode: Mode = mode
-        self._objective: Objective = objective
-        self._report: dict[str, Any] = {}
+        self._cap_tokens = planning.cap_tokens(planned.comm.size)
+        self._check = CostCheck(planning.cost, refit=planning.model_error == "refit")
+        self._batch: tuple[int, Batch] | None = None
+        self._time: OwnTime | None = None
+        self._now: Step | None = None
 
     def at(self, step: int, worker: Worker) -> list[PackedBatch]:
-        """Return this worker's micro-batches of step `step` (from 0), on its device; all call it together."""
-        pieces = self._stream.pieces(self._packs(step))
+        """Return this worker's micro-batches of step `step` (from 0), on its device; all call it together.
+
+        Raises:
+            LeakError: before the first step: documents see each other.
+            UserError: a document is longer than any group holds, and `long_documents` is error.
+        """
+        time, comm = self._time or self._begin(worker), self._planned.comm
+        batch = self._pieces_of(step)
+        began_s = comm.clock.now()
         made = plan(
-            [piece.stop - piece.start for piece in pieces],
-            world_size=self._planned.comm.size,
-            cost=self._cost,
-            mode=self._mode,
-            objective=self._objective,
+            batch.lengths,
+            world_size=comm.size,
+            cost=self._check.cost,
+            mode=self.planning.mode,
+            objective=self.planning.objective,
         )
-        self._report = _told(made, self._cost)
-        batches = self._planned.of(made, lambda own: self._stream.pack([pieces[i] for i in own]))
-        return [batch.to(worker.device) for batch in batches]
+        planned_s = comm.clock.now()
+        batches = self._planned.of(made, lambda own: self._stream.pack([batch.pieces[i] for i in own]))
+        self._now = Step(batch=batch, made=made, plan_s=planned_s - began_s, rows=Rows.of(batches))
+        on_device = [each.to(worker.device) for each in batches]
+        time.start()
+        return on_device
 
     def num_targets(self, step: int) -> int:
-        """Return the labels of the global batch of step `step`."""
-        return self._stream.num_targets(self._packs(step))
+        """Return the labels of the global batch of step `step`: of every token of its pieces."""
+        return sum(self.lengths(step))
+
+    def lengths(self, step: int) -> tuple[int, ...]:
+        """Return the tokens of the pieces of the global batch of step `step`."""
+        return self._pieces_of(step).lengths
 
     def take_report(self) -> dict[str, Any]:
-        """Return what the last plan predicted, in the unit of the costs."""
-        report, self._report = self._report, {}
-        return report
+        """Return what the last plan predicted and what its step took; all call it together, once a step."""
+        now, self._now = self._now, None
+        if now is None or self._time is None:
+            return {}
+        comm, made, lengths = self._planned.comm, now.made, now.batch.lengths
+        own = torch.tensor([self._time.seconds(), *now.rows], dtype=torch.float64)
+        seconds, rows, tokens, shared = comm.all_gather(own).T.tolist()
+        check, before_s = self._check, self._check.seconds_per_unit
+        report = _told(made, check.cost, now.batch) | {
+            "plan_time_s": now.plan_s,
+            "plan_predicted_s": None if before_s is None else before_s * made.cost,
+            "plan_own_s": seconds[comm.rank],
+            "plan_slowest_s": max(seconds),
+            "plan_measured_idle_share": 1 - sum(seconds) / len(seconds) / max(seconds)
+            if max(seconds)
+            else 0.0,
+            "plan_padding_share": 1 - sum(tokens) / sum(rows),
+            "plan_shared_share": sum(shared) / sum(tokens),
+        }
+        fitted = check.add(made, lengths, seconds)
+        if fitted is not None:
+            check.use(of_first(fitted, comm))
+        return report | {"plan_model_error": check.error}
 
-    def _packs(self, step: int) -> range:
-        return range(step * self._batch_packs, (step + 1) * self._batch_packs)
+    def _pieces_of(self, step: int) -> "Batch":
+        """Return the pieces of a global batch, none longer than a group holds."""
+        if self._batch is None or self._batch[0] != step:
+            packs = range(step * self._batch_packs, (step + 1) * self._batch_packs)
+            how, most = self.planning.long_documents, self._cap_tokens
+            self._batch = step, fit_pieces(self._stream.pieces(packs), most_tokens=most, how=how)
+        return self._batch[1]
+
+    def _begin(self, worker: Worker) -> OwnTime:
+        """Make groups and try the model, before the first step."""
+        planned = self._planned
+        if self.planning.mode == "dynamic_cp":
+            planned.pool.warm_up(self.planning.largest_group(planned.comm.size))
+        if self.planning.isolation == "check":
+            with worker.autocast.context():
+                check_isolation(
+                    bare(worker.model),
+                    planned.comm,
+                    vocab_size=self._vocab_size,
+                    shard=planned.shared_widely,
+                    device=worker.device,
+                )
+        self._time = OwnTime(worker.model.parameters(), planned.comm.clock, worker.device)
+        return self._time
+
+
+class Rows(NamedTuple):
+    """What a worker computes in a step."""
+
+    rows: int
+    """Rows of all its micro-batches."""
+    tokens: int
+    """Those that are tokens of a document, and no filling."""
+    shared: int
+    """Those whose keys the worker's group gets, or that it exchanges heads of."""
+
+    @classmethod
+    def of(cls, batches: Sequence[PackedBatch]) -> "Rows":
+        """Return the sums over micro-batches."""
+        parts = [row_counts(batch) for batch in batches]
+        return cls(*map(sum, zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step that was planned and is not reported yet."""
+
+    batch: Batch
+    made: Plan
+    plan_s: float
+    rows: Rows
+
+
+def of_first(cost: LengthCostModel, comm: Communicator) -> LengthCostModel:
+    """Return worker 0's coefficients on all workers, so that not a bit of their plans differs."""
+    own = torch.tensor([[each.a, each.b, each.c] for each in cost.schemes], dtype=torch.float64)
+    rows = comm.broadcast(own, source=0).tolist()
+    schemes = [replace(each, a=a, b=b, c=c) for each, (a, b, c) in zip(cost.schemes, rows, strict=True)]
+    return replace(cost, schemes=tuple(schemes))
 
 
 def balanced_batches(
@@ -88,32 +215,41 @@ def balanced_batches(
 
     Raises:
         ConfigError: settings that a plan cannot be made with.
-        UserError: the file of costs cannot be read, or is of another model.
+        UserError: the file of costs cannot be read, or is of another model; a document is too long.
     """
     balance = config.balance
     assert balance.mode != "none", "asked for where there is a plan"
-    planned = PlannedBatches(
-        comm,
-        Sharer(
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            scheme=balance.scheme,
-            split_tokens=balance.split_tokens,
-        ),
+    sharer = Sharer(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        scheme=balance.scheme,
+        split_tokens=balance.split_tokens,
     )
+    cost = cost_of(
+        balance,
+        shape,
+        cap_tokens=balance.cap_tokens or sizes.micro.packs * config.data.pack_tokens,
+        recompute=config.model.recompute != "nothing",
+    )
+    planning = Planning(
+        mode=balance.mode,
+        # FSDP2 gathers weights in every micro-batch, so workers meet there; under DDP only once a step.
+        objective="lock_step" if sizes.shards > 1 else "free_running",
+        cost=cost,
+        long_documents=balance.long_documents,
+        isolation=balance.isolation,
+        model_error=balance.model_error,
+    )
+    most_tokens, (document, longest) = planning.cap_tokens(comm.size), stream.longest_document
+    if balance.long_documents == "error" and longest > most_tokens:
+        raise too_long(longest, most_tokens=most_tokens, document=document)
     return BalancedBatches(
         stream,
         batch_packs=config.train.batch_packs,
         micro_packs=sizes.micro.packs,
-        planned=planned,
-        cost=cost_of(
-            balance,
-            shape,
-            cap_tokens=balance.cap_tokens or sizes.micro.packs * config.data.pack_tokens,
-            recompute=config.model.recompute != "nothing",
-        ),
-        mode=balance.mode,
-        objective="lock_step" if sizes.shards > 1 else "free_running",
+        planned=PlannedBatches(comm, sharer),
+        planning=planning,
+        vocab_size=shape.vocab_size,
     )
 
 
@@ -166,11 +302,22 @@ def cost_of(
     return found if balance.cap_tokens is None else found.with_cap(cap_tokens)
 
 
-def _told(made: Plan, cost: LengthCostModel) -> dict[str, Any]:
+def _told(made: Plan, cost: LengthCostModel, batch: Batch) -> dict[str, Any]:
+    """Return what is known of a step before it is made."""
+    uses = [
+        own.tokens / cost.of(own.group.scheme).cap_tokens for slot in made.slots for own in slot if own.tokens
+    ]
+    bound = made.bound_by
     return {
         "plan_cost": made.cost,
         "plan_unit": cost.unit,
         "plan_gap": made.gap,
+        "plan_bound_document": None if bound is None else batch.pieces[bound].document,
+        "plan_bound_tokens": None if bound is None else batch.lengths[bound],
         "plan_idle_share": made.idle_share,
+        "plan_cap_use": sum(uses) / len(uses),
+        "plan_cap_use_most": max(uses),
         "plan_groups": sorted((group.scheme.ranks for group in made.groups), reverse=True),
+        "plan_long_documents": batch.num_long,
+        "plan_tokens_left_out": batch.num_left_out,
     }

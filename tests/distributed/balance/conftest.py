@@ -45,9 +45,9 @@ def pack_of(document):
 def make_plan():
     """Return a plan from slots of (ranks of each group, sequences of its micro-batch)."""
 
-    def make(slots, lengths, *, world_size, objective="lock_step"):
+    def make(slots, lengths, *, world_size, objective="lock_step", share="context"):
         def batch(degree, first, sequences):
-            group = Group(first_rank=first, scheme=Scheme(context=degree))
+            group = Group(first_rank=first, scheme=Scheme(**{share: degree}))
             tokens = sum(lengths[index] for index in sequences)
             return MicroBatch(group=group, sequences=tuple(sequences), tokens=tokens, cost=float(tokens))
 

@@ -1,5 +1,7 @@
 """A worker's rows as a layout: positions, labels, filling."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,11 +10,12 @@ from hardy.distributed.balance.layouts import (
     UlyssesLayout,
     gather_layout,
     idle_batch,
+    row_counts,
     shard_batch,
     ulysses_layout,
 )
 from hardy.distributed.simulation import SimWorld
-from hardy.ops.packed import IGNORED_LABEL, DocumentLayout
+from hardy.ops.packed import IGNORED_LABEL, DocumentLayout, PackedBatch
 
 LENGTHS = (30, 1, 17, 2, 5)
 MAKERS = [
@@ -94,3 +97,32 @@ def test_an_idle_batch_has_one_token_and_no_label():
     batch = idle_batch()
     assert batch.tokens_T.tolist() == [0] and batch.num_targets == 0
     assert batch.labels_T.tolist() == [IGNORED_LABEL] and batch.layout.lengths == (1,)
+
+
+@pytest.mark.parametrize("lengths", [(40,), (7, 90, 1), (1,), (30, 31, 2, 2)])
+@pytest.mark.parametrize("make", [partial(gather_layout, split_tokens=4), ulysses_layout])
+def test_rows_that_are_filling_are_counted(make, lengths):
+    def body(comm):
+        pack = plain_pack(lengths)
+        layout = make(lengths, comm)
+        assert layout.num_filling == int((layout.token_of_T == sum(lengths)).sum())
+        return row_counts(shard_batch(pack, layout)), layout.to("cpu").num_filling == layout.num_filling
+
+    found = SimWorld(4).run(body)
+    assert all(kept for _, kept in found)
+    rows, tokens, shared = (sum(counts) for counts in zip(*(counts for counts, _ in found), strict=True))
+    assert tokens == sum(lengths) <= rows
+    assert 0 <= shared <= tokens
+    cut = [length for length in lengths if length >= 2 * 4 * 4]
+    assert shared == (tokens if make is ulysses_layout else sum(cut))
+
+
+def test_a_plain_pack_has_no_filling_and_an_idle_one_no_token():
+    assert row_counts(plain_pack((3, 4))) == (7, 7, 0)
+    assert row_counts(idle_batch()) == (1, 0, 0)
+
+
+def plain_pack(lengths):
+    tokens_T = torch.arange(sum(lengths))
+    layout = DocumentLayout.from_lengths(lengths)
+    return PackedBatch(tokens_T=tokens_T, labels_T=tokens_T, layout=layout, num_targets=sum(lengths))

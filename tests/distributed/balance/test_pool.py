@@ -56,6 +56,16 @@ def test_warming_up_makes_every_aligned_group_and_later_steps_none(size, groups)
     assert SimWorld(size).run(body) == [(groups, groups)] * size
 
 
+def test_warming_up_stops_at_the_largest_group_that_is_asked_for():
+    def body(comm):
+        pool = GroupPool(comm)
+        assert pool.largest.size == 1
+        pool.warm_up(2)
+        return pool.num_made, pool.largest.size
+
+    assert SimWorld(5).run(body) == [(2, 2)] * 4 + [(2, 1)]
+
+
 def test_a_group_of_one_is_alone_and_others_groups_are_not_ours():
     def body(comm):
         pool = GroupPool(comm)

@@ -96,3 +96,17 @@ def test_nan_is_no_isolation():
 
     with pytest.raises(LeakError):
         check_isolation(decoder(broken), Alone(), vocab_size=23)
+
+
+def test_the_back_end_that_was_chosen_is_named():
+    model = decoder(partial(one_document_by, backend="dense"))
+    with pytest.raises(
+        LeakError, match="Training with one_document_by and model.attention='dense' would mix"
+    ):
+        check_isolation(model, Alone(), vocab_size=23)
+
+
+def one_document_by(query, key, value, queries, *, keys=None, backend):
+    return packed_attention(
+        query, key, value, DocumentLayout.from_lengths([queries.num_tokens]), backend=backend
+    )

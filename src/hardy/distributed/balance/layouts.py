@@ -27,6 +27,8 @@ class ShardedLayout(DocumentLayout):
     """The workers that share the pack."""
     token_of_T: Tensor
     """Place in the pack of each row's token, int64; P of filling, which is a document of its own."""
+    num_filling: int
+    """Rows that are filling."""
 
 
 @dataclass(kw_only=True)
@@ -51,6 +53,7 @@ class GatherLayout(ShardedLayout):
             positions_T=plain.positions_T,
             group=self.group,
             token_of_T=self.token_of_T.to(device, non_blocking=True),
+            num_filling=self.num_filling,
             keys=self.keys.to(device),
             shared_rows=self.shared_rows,
             key_row_N=self.key_row_N.to(device, non_blocking=True),
@@ -74,6 +77,7 @@ class UlyssesLayout(ShardedLayout):
             positions_T=plain.positions_T,
             group=self.group,
             token_of_T=self.token_of_T.to(device, non_blocking=True),
+            num_filling=self.num_filling,
             whole=self.whole.to(device),
         )
 
@@ -131,6 +135,7 @@ def gather_layout(lengths: tuple[int, ...], group: Communicator, *, split_tokens
                 )
             )
         ),
+        num_filling=filling,
         keys=DocumentLayout.from_lengths([*map(int, (*pieces.stops, *filled, *size[whole]))]),
         shared_rows=shared,
         key_row_N=_tensor(np.concatenate((row_of[key_tokens], own_rows))),
@@ -163,6 +168,7 @@ def ulysses_layout(lengths: tuple[int, ...], group: Communicator) -> UlyssesLayo
         positions_T=whole.positions_T[begin:end].clone(),
         group=group,
         token_of_T=torch.arange(begin, end).clamp(max=num_tokens),
+        num_filling=min(max(end - num_tokens, 0), run),
         whole=whole,
     )
 
@@ -182,6 +188,17 @@ def shard_batch(batch: PackedBatch, layout: ShardedLayout) -> PackedBatch:
         layout=layout,
         num_targets=int((labels_T != IGNORED_LABEL).sum()),
     )
+
+
+def row_counts(batch: PackedBatch) -> tuple[int, int, int]:
+    """Return this worker's rows, how many of them are tokens of documents, and rows that its group shares."""
+    layout, rows = batch.layout, batch.layout.num_tokens
+    if not isinstance(layout, ShardedLayout):
+        return rows, rows if batch.num_targets else 0, 0
+    tokens = rows - layout.num_filling
+    if isinstance(layout, GatherLayout):
+        return rows, tokens, max(layout.shared_rows - layout.num_filling, 0)
+    return rows, tokens, tokens
 
 
 def idle_batch() -> PackedBatch:

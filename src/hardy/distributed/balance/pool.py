@@ -69,10 +69,14 @@ class GroupPool:
             self._make(disjoint)
             missing = [ranks for ranks in missing if ranks not in self._made]
 
-    def warm_up(self) -> None:
-        """Make every aligned group of 2, 4, 8 ... workers, so that no later step waits for one."""
+    def warm_up(self, most: int | None = None) -> None:
+        """Make every aligned group of 2, 4, 8 ... workers, so that no later step waits for one.
+
+        Args:
+            most: workers of the largest group; none takes all workers.
+        """
         size = 2
-        while size <= self._comm.size:
+        while size <= min(self._comm.size, most or self._comm.size):
             starts = range(0, self._comm.size - size + 1, size)
             self.prepare([range(start, start + size) for start in starts])
             size *= 2
@@ -88,6 +92,11 @@ class GroupPool:
                 f"worker {self._comm.rank} has no group {list(ranks)}; call prepare on all workers"
             )
         return self._own[tuple(ranks)]
+
+    @property
+    def largest(self) -> Communicator:
+        """The group of this worker's that has the most workers."""
+        return max(self._own.values(), key=lambda group: group.size)
 
     def _make(self, groups: Sequence[Ranks]) -> None:
         taken = {rank for group in groups for rank in group}

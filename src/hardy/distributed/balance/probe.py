@@ -5,6 +5,7 @@ the model says of every other document must stay; a document packed with others 
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -99,10 +100,12 @@ def _logits(
 
 
 def _attention_of(model: nn.Module) -> str:
-    """Return the name of the attention that the model was given, or of the model."""
+    """Return the name of the attention that the model was given and its back end, or of the model."""
     given = (getattr(module, "attention", None) for module in model.modules())
     found = next((x for x in given if callable(x) and not isinstance(x, nn.Module)), type(model))
-    return getattr(found, "__qualname__", repr(found))
+    backend = found.keywords.get("backend") if isinstance(found, partial) else None
+    name = getattr(found.func if isinstance(found, partial) else found, "__qualname__", repr(found))
+    return name if backend is None else f"{name} and model.attention={backend!r}"
 
 
 def _differs(a: Tensor, b: Tensor, limit: float) -> bool:

@@ -9,7 +9,7 @@ Differs from the paper's code: that takes the mean of means over micro-batches, 
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,16 +65,19 @@ class PlannedBatches:
             return [batch or idle_batch() for batch in batches]
         return [batch for batch in batches if batch] or [idle_batch()]
 
+    def shared_widely(self, pack: PackedBatch) -> PackedBatch:
+        """Return this worker's rows of a pack that its largest group shares, all documents cut: a probe."""
+        group = self.pool.largest
+        if group.size == 1:
+            return pack
+        sharer = replace(self.sharer, split_tokens=0)
+        return shard_batch(pack, sharer.layout(pack.layout.lengths, group))
+
     def _batch(self, part: MicroBatch | None, pack_of: PackOf) -> PackedBatch | None:
         """Return this worker's rows of one micro-batch; none where it has nothing to do."""
         if part is None or not part.sequences:
             return None
-        pack = pack_of(part.sequences)
-        if len(pack.layout.lengths) != len(part.sequences) or pack.layout.num_tokens != part.tokens:
-            raise ValueError(
-                f"the plan has {len(part.sequences)} sequences of {part.tokens} tokens here, their pack "
-                f"{len(pack.layout.lengths)} documents of {pack.layout.num_tokens} tokens"
-            )
+        pack = planned_pack(part, pack_of)
         group = self.pool.group(part.group.ranks)
         return pack if group.size == 1 else shard_batch(pack, self.sharer.layout(pack.layout.lengths, group))
 
@@ -87,10 +90,25 @@ class PlannedBatches:
         for group in plan.groups:
             if group.scheme.tensor > 1 or group.scheme.pipeline > 1:
                 raise UserError(
-                    f"a group of the plan is {group.scheme}: only context parallel groups (cp) are executed, "
-                    f"tensor and pipeline parallel ones are planned and simulated; offer the planner schemes "
-                    f"of context degree alone"
+                    f"a group of the plan is {group.scheme}: only context parallel groups (cp) are executed "
+                    f"here, tensor parallel ones (tp) by ReplicaTrainer, and pipelines (pp) are planned and "
+                    f"simulated only; offer the planner schemes of context degree alone"
                 )
+
+
+def planned_pack(part: MicroBatch, pack_of: PackOf) -> PackedBatch:
+    """Return the pack of a micro-batch.
+
+    Raises:
+        ValueError: it does not hold what the plan says.
+    """
+    pack = pack_of(part.sequences)
+    if len(pack.layout.lengths) != len(part.sequences) or pack.layout.num_tokens != part.tokens:
+        raise ValueError(
+            f"the plan has {len(part.sequences)} sequences of {part.tokens} tokens here, their pack "
+            f"{len(pack.layout.lengths)} documents of {pack.layout.num_tokens} tokens"
+        )
+    return pack
 
 
 @dataclass(frozen=True, kw_only=True)
