@@ -8,11 +8,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: help demo test lint check golden bench clean
+.PHONY: help demo test lint check golden bench figures reproduce smoke clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hardy needs Python 3.11 or later, or: make PYTHON=python3.11")'
@@ -24,8 +24,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a small model on this machine's Python sources, let it write (minutes on two cores)
 	$(BIN)/hardy train demo
 
-test: $(READY) ## all tests, with the slowest named
-	$(PYTEST) --durations=15
+test: $(READY) ## all tests, with the slowest named; those that start processes and measure time come alone
+	$(PYTEST) --durations=10 -n auto --maxprocesses 8 -m "not mp"
+	$(PYTEST) --durations=10 -m mp
 
 lint: $(READY) ## format, style, types, directions of imports
 	$(BIN)/ruff format --check .
@@ -41,6 +42,18 @@ golden: $(READY) ## rewrite the golden files; read the difference before it is c
 
 bench: $(READY) ## compare speeds on this machine
 	cd benchmarks && for script in bench_*.py; do ../$(BIN)/python $$script || exit 1; done
+
+figures: $(READY) ## draw the pictures of docs/papers anew, from the result files
+	$(BIN)/python docs/figures.py
+
+reproduce: $(READY) ## run all experiments again and judge their claims (over an hour on two cores)
+	$(BIN)/hardy reproduce all
+
+smoke: $(READY) ## run all experiments for seconds each, to see that they run
+	$(BIN)/hardy reproduce all --smoke
+
+reproduce-%: $(READY)
+	$(BIN)/hardy reproduce $*
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache

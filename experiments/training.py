@@ -4,20 +4,20 @@ All contenders of one seed have the same initial weights, batches and number of 
 rate chosen on the first seed from a grid of the same size, then frozen for the other seeds.
 """
 
-import json
 import math
-import multiprocessing
 import statistics
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from trial_cache import Trials
 
 from hardy.config import from_dict, override, to_dict
-from hardy.data.corpus import prepare
+from hardy.data.config import DataConfig
+from hardy.data.corpus import Corpus, prepare
 from hardy.distributed.comm import Alone
 from hardy.train.config import TrainConfig
 from hardy.train.device import choose_hardware
@@ -60,13 +60,20 @@ class Trial:
 Make = Callable[[torch.nn.Module, float], torch.optim.Optimizer]
 
 
+@cache
+def corpus_of(config: DataConfig) -> Corpus:
+    """Return the corpus, looked for once in a process."""
+    return prepare(config, cache_dir=Path(tempfile.gettempdir()) / "hardy-experiments")
+
+
 def validation_loss(trial: Trial, make: Make) -> float:
     """Train and return the loss on held-out packs, in nats per token; infinite when the run failed."""
     torch.set_num_threads(1)
     settings = SMALL | {"train.steps": trial.steps, "train.seed": trial.seed} | dict(trial.changes)
     config = from_dict(TrainConfig, override(to_dict(TrainConfig()), settings | {"optim.lr": trial.lr}))
-    corpus = prepare(config.data, cache_dir=Path(tempfile.gettempdir()) / "hardy-experiments")
-    assembly = assemble(config, Alone(), corpus=corpus, hardware=choose_hardware("cpu", "fp32"))
+    assembly = assemble(
+        config, Alone(), corpus=corpus_of(config.data), hardware=choose_hardware("cpu", "fp32")
+    )
     assembly.worker.optimizer = make(assembly.worker.model, trial.lr)
     try:
         run_loop(
@@ -83,43 +90,6 @@ def validation_loss(trial: Trial, make: Make) -> float:
     return evaluate(assembly.worker, plan.validation, num_packs=plan.validation_packs, micro_packs=8).loss
 
 
-_MAKERS: dict[str, Make] = {}
-"""The makers of the trials that run; forked processes inherit what cannot be sent."""
-
-
-def _run(trial: Trial) -> tuple[Trial, float]:
-    return trial, validation_loss(trial, _MAKERS[trial.optimizer])
-
-
-class Trials:
-    """Runs trials on several processes and keeps what came out in a file, so that a second call is free."""
-
-    def __init__(self, table: dict[str, Make], *, folder: Path, num_processes: int = 2) -> None:
-        self.table, self.folder, self.num_processes = table, folder, num_processes
-
-    def losses(self, trials: list[Trial]) -> dict[Trial, float]:
-        """Return the validation loss of each trial."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [trial for trial in dict.fromkeys(trials) if not self._path(trial).exists()]
-        if self.num_processes == 1:
-            for trial in missing:
-                self._keep(trial, validation_loss(trial, self.table[trial.optimizer]))
-        elif missing:
-            _MAKERS.update(self.table)
-            with multiprocessing.get_context("fork").Pool(self.num_processes) as pool:
-                for trial, loss in pool.imap_unordered(_run, missing):
-                    self._keep(trial, loss)
-                    print(f"{trial.optimizer} lr {trial.lr:g} seed {trial.seed}: {loss:.4f}", flush=True)
-        return {trial: json.loads(self._path(trial).read_text())["loss"] for trial in trials}
-
-    def _keep(self, trial: Trial, loss: float) -> None:
-        self._path(trial).write_text(json.dumps({"trial": asdict(trial), "loss": loss}) + "\n")
-
-    def _path(self, trial: Trial) -> Path:
-        digest = blake2b(repr((trial, sorted(SMALL.items()))).encode(), digest_size=8).hexdigest()
-        return self.folder / f"{digest}.json"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """What one optimizer reached."""
@@ -128,22 +98,26 @@ class Row:
     lr: float
     at_edge: bool
     """Whether the best rate was an end of the grid, so that a wider one might do better."""
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    """By seed; None or infinite where the run was lost."""
 
     @property
     def mean(self) -> float:
         """Mean over the seeds."""
-        return statistics.fmean(self.losses)
+        return math.inf if None in self.losses else statistics.fmean(self.losses)
 
     @property
     def spread(self) -> float:
         """Half the range over the seeds."""
+        if None in self.losses:
+            return math.inf
         return (max(self.losses) - min(self.losses)) / 2
 
 
 def compare(
     trials: Trials,
-    grids: dict[str, tuple[float, ...]],
+    table: Mapping[str, Make],
+    grids: Mapping[str, tuple[float, ...]],
     *,
     seeds: tuple[int, ...],
     steps: int,
@@ -155,12 +129,19 @@ def compare(
     def trial(name: str, lr: float, seed: int) -> Trial:
         return Trial(optimizer=name, lr=lr, seed=seed, steps=steps, changes=fixed)
 
-    tuning = trials.losses([trial(name, lr, seeds[0]) for name, grid in grids.items() for lr in grid])
+    def losses(wanted: list[Trial]) -> dict[Trial, float]:
+        return trials.run(
+            lambda given: validation_loss(given, table[given.optimizer]),
+            wanted,
+            label=lambda given: f"{given.optimizer}, lr {given.lr:g}, seed {given.seed}",
+        )
+
+    tuning = losses([trial(name, lr, seeds[0]) for name, grid in grids.items() for lr in grid])
     best = {
         name: min(grid, key=lambda lr, name=name: tuning[trial(name, lr, seeds[0])])
         for name, grid in grids.items()
     }
-    final = trials.losses([trial(name, best[name], seed) for name in grids for seed in seeds])
+    final = losses([trial(name, best[name], seed) for name in grids for seed in seeds])
     return [
         Row(
             optimizer=name,

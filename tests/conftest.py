@@ -6,15 +6,26 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tests that import torch later, and for subprocesses
 
+hypothesis.settings.register_profile("hardy", deadline=None)  # machines are busy now and then
+hypothesis.settings.load_profile("hardy")
+
 GOLDEN = Path(__file__).parent / "golden"
+PROCESSES = Path(__file__).parent / "mp"
 
 
 def pytest_addoption(parser):
     parser.addoption("--write-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(PROCESSES):
+            item.add_marker(pytest.mark.mp)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,8 @@
 """From results to what is said about them: numbers for the claims, tables for the page, the reading."""
 
-import json
 import math
 import statistics
-import tomllib
-from pathlib import Path
 
-from claims import BEGIN, END
 from rows import BASELINES, CONTROL, RECIPE_NAME
 
 COMPARED = ("teacher", "markov", "domains")
@@ -124,22 +120,6 @@ def reading(results):
     return "\n".join(lines)
 
 
-def claims_table(got, expected):
-    """Return claim, command, expected and got; `got` is None where nothing was run."""
-    lines = ["| claim | command | expected | got |", "|---|---|---|---|"]
-    for name, claim in expected.items():
-        limit = f"at most {claim['most']:g}" if "most" in claim else f"at least {claim['least']:g}"
-        lines.append(f"| {claim['claim']} | `run.py` | {limit} | {_verdict(got, name, claim)} |")
-    return "\n".join(lines)
-
-
-def _verdict(got, name, claim):
-    if got is None:
-        return "not run yet"
-    holds = got[name] <= claim["most"] if "most" in claim else got[name] >= claim["least"]
-    return f"{_number(got[name], '.4g')}, {'holds' if holds else '**fails**'}"
-
-
 def task_table(task):
     """Return one task's rows."""
     scores = {key: title for key, title in SCORES.items() if key in task["rows"][0]}
@@ -179,23 +159,11 @@ def stress_table(results):
     return "\n".join(lines)
 
 
-def circumstances_line(results):
-    """Return where the numbers come from."""
-    where, seeds = results["circumstances"], ", ".join(map(str, results["seeds"]))
-    commit = where["commit"][:7] + ("+changes" if "+changes" in where["commit"] else "")
-    return (
-        f"Commit {commit}, {where['machine']}, {results['cores']} cores, torch {where['torch']}, Python "
-        f"{where['python']}, {where['time'][:10]}; {results['processes']} processes of one thread, the last "
-        f"call took {results['wall_minutes']:.0f} minutes. Rates chosen on seed {results['tuning_seed']}; "
-        f"means over seeds {seeds} with 95 % intervals."
-    )
-
-
-def generated(results, expected):
-    """Return all that stands between the marks of the page."""
+def tables(results):
+    """Return the reading and all tables."""
+    seeds = ", ".join(map(str, results["seeds"]))
     parts = [
-        circumstances_line(results),
-        claims_table(numbers(results), expected),
+        f"Rates chosen on seed {results['tuning_seed']}; means over seeds {seeds}, 95 % intervals.",
         reading(results),
     ]
     for name, task in results["tasks"].items():
@@ -205,18 +173,17 @@ def generated(results, expected):
     return "\n\n".join(parts)
 
 
-def page(text):
-    """Return the page with what is generated made anew from the result file."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    folder = Path(__file__).parent
-    path = folder / "results" / "comparison.json"
-    expected = tomllib.loads((folder / "expected.toml").read_text(encoding="utf-8"))
-    if path.exists():
-        body = generated(json.loads(path.read_text(encoding="utf-8")), expected)
-    else:
-        body = claims_table(None, expected)
-    return f"{before}{BEGIN}\n{body}\n{END}{after}"
+def of_seed(results, place):
+    """Return what one seed gave."""
+    tasks = {
+        name: task | {"rows": [_one_seed(row, place) for row in task["rows"]]}
+        for name, task in results["tasks"].items()
+    }
+    return results | {"tasks": tasks, "stress": [_one_seed(row, place) for row in results["stress"]]}
+
+
+def _one_seed(row, place):
+    return {key: value[place : place + 1] if isinstance(value, list) else value for key, value in row.items()}
 
 
 def _number(value, form):

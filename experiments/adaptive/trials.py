@@ -1,17 +1,13 @@
-"""One training of one row on one task, and a cache of what came out.
+"""One training of one row on one task.
 
 Trials of one task and seed have the same initial weights, batches and number of steps, whatever the row.
 """
 
 import functools
-import json
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,8 +24,6 @@ Stress = Literal["none", "spikes", "nan", "label noise"]
 SPIKE_SHARE, SPIKE, NAN_STEPS, NOISE_SHARE = 0.02, 1000.0, 3, 0.1
 CHECK_EVERY_STEPS = 10
 CURVE_EXAMPLES = 256
-SOURCES = ("models", "rows", "scores", "tasks", "trials")
-"""Modules beside this one; a change in any of them makes every cached result stale."""
 
 Result = dict[str, object]
 
@@ -49,6 +43,12 @@ class Trial:
     examples: Literal["validation", "test"]
     """What the loss is taken on: validation chooses a rate, test is for the report."""
     num_examples: int
+
+    @property
+    def label(self) -> str:
+        """What it is called where progress is shown."""
+        stress = "" if self.stress == "none" else f", {self.stress}"
+        return f"{self.task}, {self.row}, lr {self.lr:g}, seed {self.seed}{stress}"
 
 
 def train(trial: Trial) -> Result:
@@ -201,37 +201,3 @@ def _cut(batches: tuple[Tensor, Tensor], size: int) -> zip:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-class Trials:
-    """Runs trials on several processes and keeps what came out in files, so that a second call is free."""
-
-    def __init__(self, *, folder: Path, num_processes: int) -> None:
-        self.folder, self.num_processes = folder, num_processes
-        here = Path(__file__).parent
-        self.version = b"".join((here / f"{name}.py").read_bytes() for name in SOURCES)
-
-    def results(self, trials: list[Trial]) -> dict[Trial, Result]:
-        """Return what came out of each trial."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [trial for trial in dict.fromkeys(trials) if not self._path(trial).exists()]
-        if self.num_processes == 1:
-            for trial in missing:
-                self._keep(trial, train(trial))
-        elif missing:
-            with multiprocessing.get_context("fork").Pool(self.num_processes) as pool:
-                for done, (trial, result) in enumerate(pool.imap_unordered(_train, missing), start=1):
-                    self._keep(trial, result)
-                    print(f"{done} of {len(missing)}: {trial.task}, {trial.row}, lr {trial.lr:g}", flush=True)
-        return {trial: json.loads(self._path(trial).read_text())["result"] for trial in trials}
-
-    def _keep(self, trial: Trial, result: Result) -> None:
-        self._path(trial).write_text(json.dumps({"trial": asdict(trial), "result": result}) + "\n")
-
-    def _path(self, trial: Trial) -> Path:
-        digest = blake2b(self.version + repr(trial).encode(), digest_size=8).hexdigest()
-        return self.folder / f"{digest}.json"
-
-
-def _train(trial: Trial) -> tuple[Trial, Result]:
-    return trial, train(trial)

@@ -1,18 +1,18 @@
 """APOLLO and APOLLO-Mini against AdamW, SGD, Adafactor and GaLore on a small model; see README.md.
 
-python experiments/apollo/run.py            # minutes on two cores
-python experiments/apollo/run.py --smoke    # seconds, proves nothing but that it runs
+hardy reproduce apollo            # minutes on two cores
+hardy reproduce apollo --smoke    # seconds, proves nothing but that it runs
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from optimizers import APOLLO, MINI, TABLE  # noqa: E402  the path is set above
-from small_model import main, page  # noqa: E402
+from claims import main  # noqa: E402  the path is set above
+from optimizers import APOLLO, MINI, TABLE  # noqa: E402
+from small_model import OptimizerStudy  # noqa: E402
 
 NAMES = [
     "adamw",
@@ -66,9 +66,9 @@ CLAIMS = {
         "apollo-mini, embeddings by adamw",
     ),
 }
-page = partial(page, FOLDER)
-
+STUDY = OptimizerStudy(table=TABLE | ZEROED, names=NAMES, claims=CLAIMS, at_rate_of=AT_RATE_OF).study(
+    FOLDER, __doc__
+)
 
 if __name__ == "__main__":
-    table = TABLE | ZEROED
-    sys.exit(main(FOLDER, __doc__, table=table, names=NAMES, claims=CLAIMS, at_rate_of=AT_RATE_OF))
+    sys.exit(main(STUDY))

@@ -1,11 +1,8 @@
-"""One training with some workers lying, and many of them on some processes, each kept in a file."""
+"""One training with some workers lying."""
 
 import copy
-import json
-import multiprocessing
 from collections import Counter
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import dataclass
 
 import torch
 from problem import (
@@ -93,6 +90,11 @@ class Cell:
     """Whether the first k of exponential times count; else all workers that attack, and some drawn others."""
     seed: int = 0
     steps: int = 300
+
+    @property
+    def label(self) -> str:
+        """What it is called where progress is shown."""
+        return f"{self.rule}, {self.attack}, {self.data}, {self.split}, seed {self.seed}"
 
 
 class Training:
@@ -208,30 +210,3 @@ def play(cell: Cell) -> dict[str, object]:
     """Train a cell. Weights that are not finite end it; their accuracy is that of one class for all."""
     torch.set_num_threads(1)
     return Training(cell).run()
-
-
-class Cells:
-    """Plays cells on some processes and keeps what came out, so that a second call is free."""
-
-    def __init__(self, folder, *, num_processes):
-        self.folder, self.num_processes = folder, num_processes
-
-    def results(self, cells):
-        """Return what became of each cell."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [cell for cell in dict.fromkeys(cells) if not self._path(cell).exists()]
-        if self.num_processes == 1 or not missing:
-            for cell in missing:
-                self._keep(cell, play(cell))
-        else:
-            with multiprocessing.get_context("fork").Pool(self.num_processes) as pool:
-                for cell, result in zip(missing, pool.imap(play, missing), strict=True):
-                    self._keep(cell, result)
-        return {cell: json.loads(self._path(cell).read_text())["result"] for cell in cells}
-
-    def _keep(self, cell, result):
-        self._path(cell).write_text(json.dumps({"cell": asdict(cell), "result": result}) + "\n")
-
-    def _path(self, cell):
-        text = repr((cell, RULES.get(cell.rule), ATTACKS.get(cell.attack), RATE))
-        return self.folder / f"dstar-{blake2b(text.encode(), digest_size=8).hexdigest()}.json"

@@ -32,7 +32,7 @@ class Grid:
 
     def __init__(self, *, smoke):
         self.smoke = smoke
-        changes = {"steps": 3} if smoke else {}
+        changes = {"steps": 1} if smoke else {}
         self.seeds = SEEDS[:1] if smoke else SEEDS
         self.cell = partial(Cell, **changes)
 

@@ -1,10 +1,7 @@
 """The tables of the page, in Markdown."""
 
-from functools import partial
-
 from cells import TRUSTED_ALONE
-from claims import generated
-from grid import COLUMNS, DEFAULT, FOLDER, expected_values, mean, waiting_law, without_effect
+from grid import COLUMNS, DEFAULT, expected_values, mean, waiting_law, without_effect
 
 TITLES = {
     "iid": "IID, f = 8, k = 20 (expected in brackets)",
@@ -86,7 +83,3 @@ def tables(results):
     harmless = without_effect(found)
     parts.append(f"Attacks without effect: {', '.join(harmless) or 'none'}.")
     return "\n\n".join(parts)
-
-
-page = partial(generated, FOLDER, table_of=tables)
-"""README.md with its tables made anew from the results."""

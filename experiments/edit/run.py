@@ -1,25 +1,22 @@
 """EDiT, DiLoCo and local SGD against synchronous training at equal tokens; see README.md.
 
-python experiments/edit/run.py            # half an hour on one busy core, some 12 minutes on an idle one
-python experiments/edit/run.py --smoke    # seconds, proves nothing but that it runs
-python experiments/edit/run.py --report   # writes the tables of README.md from results/comparison.json
+hardy reproduce edit            # some 12 minutes on two idle cores
+hardy reproduce edit --smoke    # seconds, proves nothing but that it runs
 """
 
 import math
 import statistics
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
-from claims import command_line, generated, verdict, write_results  # noqa: E402  the path is set above
-from trials import FAULTY, Trial, Trials  # noqa: E402
+from claims import Study, main  # noqa: E402  the path is set above
+from trials import FAULTY, Trial, train  # noqa: E402
 
 STEPS, EVERY_STEPS, PACK_TOKENS = 2240, 32, 512
-SMOKE_STEPS, SMOKE_EVERY_STEPS, SMOKE_PACK_TOKENS = 12, 2, 128
+SMOKE_STEPS, SMOKE_EVERY_STEPS, SMOKE_PACK_TOKENS, SMOKE_VALIDATION_TOKENS = 6, 2, 128, 2048
 SEEDS = (0, 1, 2)
 RATES = (0.016, 0.032, 0.048, 0.064)
 """Of the inner optimizer; every strategy is tried with each."""
@@ -68,21 +65,24 @@ class Comparison:
             name: [self._trial(name, lr) for lr in RATES[: 1 if self.smoke else None]] for name in STRATEGIES
         }
         grids["alone"] = [changed(trial, replicas=1) for trial in grids["synchronous"]]
-        tuning = self.trials.results([trial for grid in grids.values() for trial in grid])
+        tuning = self._results([trial for grid in grids.values() for trial in grid])
         best = {name: min(grid, key=lambda trial: loss_of(tuning[trial])) for name, grid in grids.items()}
         rows = [self._row(name, trial, grids[name]) for name, trial in best.items()]
         rows += [self._row(name, changed(best[name], corrupted=True), []) for name in CORRUPTED]
         base = loss_of(tuning[best["synchronous"]])
         told = [self._variant(best["edit"], words, base=base) for words in ("as above", *VARIANTS)]
         gaps = [] if self.smoke else self._gaps(best)
-        return {"rows": rows, "variants": told, "gaps": gaps, "got": numbers(rows), "steps": self.steps}
+        return {"rows": rows, "variants": told, "gaps": gaps, "steps": self.steps}
+
+    def _results(self, trials):
+        return self.trials.run(train, trials, label=lambda trial: trial.label)
 
     def _gaps(self, best):
         """Return how far EDiT is above synchronous training in longer and shorter runs, rates as above."""
         found = []
         for steps in LENGTHS:
             pair = [self._trial(name, best[name].lr, steps=steps) for name in ("synchronous", "edit")]
-            losses = [loss_of(result) for result in self.trials.results(pair).values()]
+            losses = [loss_of(result) for result in self._results(pair).values()]
             found.append({"steps": steps, "losses": losses, "percent": 100 * (losses[1] / losses[0] - 1)})
         return found
 
@@ -90,7 +90,7 @@ class Comparison:
         """Return EDiT with other settings on the first seed, in percent above synchronous training."""
         clean = changed(trial, strategy=with_settings(trial, VARIANTS.get(words, {})))
         spoilt = changed(clean, corrupted=True)
-        found = self.trials.results([clean, spoilt])
+        found = self._results([clean, spoilt])
         return {
             "words": words,
             "percent": 100 * (loss_of(found[clean]) / base - 1),
@@ -104,11 +104,12 @@ class Comparison:
         steps, every_steps = steps or self.steps, SMOKE_EVERY_STEPS if self.smoke else EVERY_STEPS
         chosen = tuple(settings(name, steps=steps, every_steps=every_steps).items())
         seed = self.seeds[0]
-        return Trial(strategy=chosen, lr=lr, seed=seed, steps=steps, pack_tokens=self.pack_tokens)
+        trial = Trial(strategy=chosen, lr=lr, seed=seed, steps=steps, pack_tokens=self.pack_tokens)
+        return changed(trial, validation_tokens=SMOKE_VALIDATION_TOKENS) if self.smoke else trial
 
     def _row(self, name, trial, grid):
         """Return a strategy at the rates that were chosen, on all seeds."""
-        results = self.trials.results([changed(trial, seed=seed) for seed in self.seeds])
+        results = self._results([changed(trial, seed=seed) for seed in self.seeds])
         inner = [other.lr for other in grid]
         return {
             "name": name,
@@ -208,26 +209,21 @@ def tables(results):
     return "\n".join(lines)
 
 
-page = partial(generated, FOLDER, table_of=tables)
-"""README.md with its tables made anew from the results."""
+def of_seed(measured, place):
+    """Return what one seed gave."""
+    rows = [row | {"losses": row["losses"][place : place + 1]} for row in measured["rows"]]
+    return measured | {"rows": rows}
 
 
-def main():
-    options = command_line(FOLDER, __doc__, page)
-    if options is None:
-        return 0
-    readme = FOLDER / "README.md"
-    num_processes, began = (1 if options.smoke else options.processes), time.perf_counter()
-    trials = Trials(Path("runs") / "experiments", num_processes=num_processes)
-    results = Comparison(trials, smoke=options.smoke).run()
-    print(f"{tables(results)}\n")
-    holds = verdict(FOLDER, results["got"], smoke=options.smoke)
-    print(f"{time.perf_counter() - began:.0f} s")
-    if not options.smoke:
-        write_results(FOLDER, "comparison", results)
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0 if holds or options.smoke else 1
-
+STUDY = Study(
+    folder=FOLDER,
+    about=__doc__,
+    measure=lambda trials, is_smoke: Comparison(trials, smoke=is_smoke).run(),
+    numbers=lambda measured: numbers(measured["rows"]),
+    tables=tables,
+    seeds=SEEDS,
+    of_seed=of_seed,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(STUDY))

@@ -1,13 +1,10 @@
 """One training of four simulated replicas, by any strategy, one of them perhaps on corrupted data."""
 
-import json
 import math
-import multiprocessing
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -56,8 +53,18 @@ class Trial:
     """Bytes that a replica reads in a step."""
     corrupted: bool = False
     """Whether one replica reads random bytes from a third of the run on."""
+    validation_tokens: int = VALIDATION_TOKENS
+    """Held-out bytes that the loss is taken on, at most."""
     replicas: int = NUM_REPLICAS
     """How many train; one alone reads what the first of four would."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where progress is shown."""
+        named = dict(self.strategy)
+        outer = f", outer lr {named['outer.lr']:g}" if "outer.lr" in named else ""
+        others = f", {self.replicas} replicas, {self.steps} steps, seed {self.seed}"
+        return f"{named['name']}, lr {self.lr:g}{outer}{others}{', corrupted' if self.corrupted else ''}"
 
 
 class NextByte(nn.Module):
@@ -153,7 +160,7 @@ class Replica:
 
     def loss(self):
         """Return the loss of the anchor on the same held-out packs for all, in nats per byte."""
-        most = VALIDATION_TOKENS // self.trial.pack_tokens
+        most = self.trial.validation_tokens // self.trial.pack_tokens
         batch = self.held_out.batch(range(min(most, self.held_out.num_packs)))
         with torch.no_grad(), self.strategy.evaluation_parameters():
             return self.model(batch.tokens_T, batch.layout, batch.labels_T).item() / batch.num_targets
@@ -197,34 +204,3 @@ def told(rounds):
         "effective_replicas": statistics.fmean(line["effective_replicas"] for line in rounds),
         "clip_share": statistics.fmean(line["clip_share"] for line in rounds),
     }
-
-
-class Trials:
-    """Runs trials on some processes and keeps what came out, so that a second call is free."""
-
-    def __init__(self, folder, *, num_processes):
-        self.folder, self.num_processes = folder, num_processes
-
-    def results(self, trials):
-        """Return what became of each trial."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        missing = [trial for trial in dict.fromkeys(trials) if not self._path(trial).exists()]
-        if self.num_processes == 1 or not missing:
-            for trial in missing:
-                self._keep(trial, train(trial))
-        else:
-            with multiprocessing.get_context("fork").Pool(self.num_processes) as pool:
-                for trial, result in zip(missing, pool.imap(train, missing), strict=True):
-                    self._keep(trial, result)
-        return {trial: json.loads(self._path(trial).read_text())["result"] for trial in trials}
-
-    def _keep(self, trial, result):
-        self._path(trial).write_text(json.dumps({"trial": asdict(trial), "result": result}) + "\n")
-        named = dict(trial.strategy)
-        kind = "corrupted" if trial.corrupted else "clean"
-        rates = f"lr {trial.lr:g}, outer {named.get('outer.lr')}"
-        print(f"{named['name']} {rates}, seed {trial.seed}, {kind}: {result['loss']}", flush=True)
-
-    def _path(self, trial):
-        text = repr((trial, sorted(SETTINGS.items()), CONTEXT, EMBEDDING, HIDDEN, VALIDATION_TOKENS))
-        return self.folder / f"edit-{blake2b(text.encode(), digest_size=8).hexdigest()}.json"

@@ -1,12 +1,12 @@
 """Hydraulis and FlexSP simulated from their published coefficients; see README.md.
 
-python experiments/hydraulis/run.py            # a minute on one core
-python experiments/hydraulis/run.py --smoke    # seconds, proves nothing but that it runs
-python experiments/hydraulis/run.py --report   # writes the tables of README.md from results/comparison.json
+hardy reproduce hydraulis            # a minute on two cores
+hardy reproduce hydraulis --smoke    # seconds, proves nothing but that it runs
 """
 
+import itertools
+import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import numpy as np  # noqa: E402  the path is set above
-from claims import command_line, generated, verdict, write_results  # noqa: E402
+from claims import Study, main  # noqa: E402
 
 from hardy.balance.compare import compare, rank_methods, strategy_methods  # noqa: E402
 from hardy.balance.cost_presets import cost_preset, published_strategies  # noqa: E402
@@ -51,55 +51,43 @@ def batches_of(source, context, *, seed, steps):
     return [lengths[place] for place in token_batches(lengths, budget_tokens=BUDGET)[:steps]]
 
 
-def hydraulis(source, context, *, seeds, steps):
-    """Return one row: means over seeds."""
-    cost, found = cost_preset("hydraulis-32b"), []
-    for seed in seeds:
-        batches = batches_of(source, context, seed=seed, steps=steps)
-        methods = strategy_methods(
-            METHODS,
-            world_size=RANKS,
-            cost=cost,
-            strategies=published_strategies(),
-            context_tokens=context,
-            seed=seed,
-        )
-        found.append(compare(batches, methods, cost=cost, clock=WallClock()))
-    mean = {m: float(np.mean([rows[k].time for rows in found])) / 1e3 for k, m in enumerate(METHODS)}
-    return {
-        "source": source,
-        "context": context,
-        **mean,
-        "total": mean["fixed"] / mean["dynamic"],
-        "balance": mean["fixed"] / mean["balanced"],
-        "heterogeneity": mean["balanced"] / mean["dynamic"],
-        "idle": float(np.mean([rows[2].idle_share for rows in found])),
-        "gap": float(np.mean([rows[2].gap for rows in found])),
-        "planner_ms": float(np.mean([rows[2].planner_ms for rows in found])),
-    }
+def hydraulis(key, *, steps):
+    """Return one row of one seed: seconds of each method, and how well the plans are."""
+    source, context, seed = key
+    cost = cost_preset("hydraulis-32b")
+    methods = strategy_methods(
+        METHODS,
+        world_size=RANKS,
+        cost=cost,
+        strategies=published_strategies(),
+        context_tokens=context,
+        seed=seed,
+    )
+    batches = batches_of(source, context, seed=seed, steps=steps)
+    found = compare(batches, methods, cost=cost, clock=WallClock())
+    seconds = {name: row.time / 1e3 for name, row in zip(METHODS, found, strict=True)}
+    best = found[2]
+    return seconds | {"idle": best.idle_share, "gap": best.gap, "planner_ms": best.planner_ms}
 
 
-def flexsp(model, context_k, *, seeds, batches):
-    """Return one cell: ratios over static groups, means over seeds."""
-    cost, found = cost_preset(f"flexsp-{model}-{context_k}k"), []
-    for seed in seeds:
-        drawn = draw_lengths("wikipedia", (batches + 2) * SEQUENCES, np.random.default_rng(seed))
-        padded = -(-drawn // ALIGNED) * ALIGNED
-        kept = padded[padded <= 1000 * context_k - ALIGNED]
-        given = [kept[k * SEQUENCES : (k + 1) * SEQUENCES] for k in range(batches)]
-        methods = rank_methods(
-            ["static_cp", "batch_cp", "dynamic_cp"], world_size=RANKS, cost=cost, objective="lock_step"
-        )
-        found.append(compare(given, methods, cost=cost, clock=WallClock()))
-    static, ada, flex = (float(np.mean([rows[k].time for rows in found])) / 1e3 for k in range(3))
+def flexsp(key, *, batches):
+    """Return one cell of one seed: seconds of static groups, of BatchAda and of FlexSP."""
+    model, context_k, seed = key
+    cost = cost_preset(f"flexsp-{model}-{context_k}k")
+    drawn = draw_lengths("wikipedia", (batches + 2) * SEQUENCES, np.random.default_rng(seed))
+    padded = -(-drawn // ALIGNED) * ALIGNED
+    kept = padded[padded <= 1000 * context_k - ALIGNED]
+    given = [kept[k * SEQUENCES : (k + 1) * SEQUENCES] for k in range(batches)]
+    methods = rank_methods(
+        ["static_cp", "batch_cp", "dynamic_cp"], world_size=RANKS, cost=cost, objective="lock_step"
+    )
+    static, ada, flex = compare(given, methods, cost=cost, clock=WallClock())
     return {
-        "model": model,
-        "context_k": context_k,
-        "static": static,
-        "flexsp": static / flex,
-        "batch_ada": static / ada,
-        "gap": float(np.mean([rows[2].gap for rows in found])),
-        "planner_ms": float(np.mean([rows[2].planner_ms for rows in found])),
+        "static": static.time / 1e3,
+        "batch_ada": ada.time / 1e3,
+        "flexsp": flex.time / 1e3,
+        "gap": flex.gap,
+        "planner_ms": flex.planner_ms,
     }
 
 
@@ -128,8 +116,38 @@ def proposed(*, steps):
     }
 
 
-def claimed(rows, cells, proposal):
+def averaged(group):
+    """Return the rows or cells with means over the seeds in place of lists."""
+    return [
+        {name: statistics.fmean(value) if isinstance(value, list) else value for name, value in row.items()}
+        for row in group
+    ]
+
+
+def rows_of(measured):
+    """Return the rows with their ratios."""
+    return [
+        row
+        | {
+            "total": row["fixed"] / row["dynamic"],
+            "balance": row["fixed"] / row["balanced"],
+            "heterogeneity": row["balanced"] / row["dynamic"],
+        }
+        for row in averaged(measured["rows"])
+    ]
+
+
+def cells_of(measured):
+    """Return the cells, with ratios over static groups in place of seconds."""
+    return [
+        cell | {name: cell["static"] / cell[name] for name in ("flexsp", "batch_ada")}
+        for cell in averaged(measured["cells"])
+    ]
+
+
+def claimed(measured):
     """Return the numbers that claims are about."""
+    rows, cells, proposal = rows_of(measured), cells_of(measured), measured["proposal"]
     first = [FIRST[row["source"], row["context"]] for row in rows]
     errors = [
         abs(cell[name] / published - 1)
@@ -161,7 +179,7 @@ def table(results):
         "| lengths | fixed s | balanced s | dynamic s | total | balance x choice | idle | gap | plan ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in results["rows"]:
+    for row in rows_of(results):
         lines.append(
             f"| {row['source']}, {row['context']} | {row['fixed']:.2f} | {row['balanced']:.2f} "
             f"| {row['dynamic']:.2f} | {row['total']:.2f} "
@@ -173,7 +191,7 @@ def table(results):
         "| FlexSP on Wikipedia | static s | FlexSP / published | BatchAda / published | gap | planner ms |",
         "|---|---|---|---|---|---|",
     ]
-    for cell in results["cells"]:
+    for cell in cells_of(results):
         flex, ada = PUBLISHED[cell["model"], cell["context_k"]]
         lines.append(
             f"| {cell['model']}, {cell['context_k']}K | {cell['static']:.2f} | {cell['flexsp']:.2f} / {flex} "
@@ -187,37 +205,65 @@ def table(results):
     return "\n".join(lines)
 
 
-page = partial(generated, FOLDER, table_of=table)
-"""From the text of README.md to the text with tables made anew."""
+def by_seed(trials, work, keys, *, seeds, names):
+    """Return for each key what `work` makes of it with each seed, numbers as lists."""
+    told = trials.run(
+        work,
+        [(*key, seed) for key, seed in itertools.product(keys, seeds)],
+        label=lambda key: ", ".join(map(str, key)),
+    )
+    rows = []
+    for key in keys:
+        found = [told[(*key, seed)] for seed in seeds]
+        rows.append(
+            dict(zip(names, key, strict=True)) | {name: [one[name] for one in found] for name in found[0]}
+        )
+    return rows
 
 
-def main():
-    """Simulate all and say what holds."""
-    options = command_line(FOLDER, __doc__, page)
-    if options is None:
-        return 0
-    began, smoke = time.perf_counter(), options.smoke
-    seeds, steps = (SEEDS[:1], 2) if smoke else (SEEDS, STEPS)
-    rows = [hydraulis(*key, seeds=seeds, steps=steps) for key in FIRST]
-    keys = list(PUBLISHED)[:1] if smoke else list(PUBLISHED)
-    cells = [flexsp(*key, seeds=seeds, batches=1 if smoke else BATCHES) for key in keys]
-    if smoke:
-        strategies = [strategy_text(published_strategies()[0])]
-        proposal = {"strategies": strategies, "proposed": 1.0, "published": 1.0, "program_alone": 1.0}
+def measure(trials, is_smoke):
+    """Simulate everything."""
+    seeds, steps = (SEEDS[:1], 2) if is_smoke else (SEEDS, STEPS)
+    flexsp_keys, batches = (list(PUBLISHED)[:1], 1) if is_smoke else (list(PUBLISHED), BATCHES)
+    rows = by_seed(
+        trials, partial(hydraulis, steps=steps), list(FIRST), seeds=seeds, names=("source", "context")
+    )
+    cells = by_seed(
+        trials, partial(flexsp, batches=batches), flexsp_keys, seeds=seeds, names=("model", "context_k")
+    )
+    proposal = {"strategies": [strategy_text(published_strategies()[0])]}
+    if is_smoke:
+        proposal |= {"proposed": 1.0, "published": 1.0, "program_alone": 1.0}
     else:
-        proposal = proposed(steps=STEPS)
-    got = claimed(rows, cells, proposal)
-    results = {"rows": rows, "cells": cells, "proposal": proposal, "got": got}
-    print(f"{table(results)}\n")
-    holds = verdict(FOLDER, got, smoke=smoke)
-    wall_s = time.perf_counter() - began
-    print(f"{wall_s:.1f} s")
-    if not smoke:
-        write_results(FOLDER, "comparison", results | {"wall_s": wall_s, "seeds": list(SEEDS)})
-        readme = FOLDER / "README.md"
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0 if holds or smoke else 1
+        name = "strategies proposed for Wikipedia"
+        proposal = trials.run(lambda _: proposed(steps=STEPS), [name], label=str)[name]
+    return {"rows": rows, "cells": cells, "proposal": proposal}
 
+
+def of_seed(measured, place):
+    """Return what one seed gave; the proposal is of one seed anyway."""
+
+    def one(group):
+        return [
+            {
+                name: value[place : place + 1] if isinstance(value, list) else value
+                for name, value in row.items()
+            }
+            for row in group
+        ]
+
+    return measured | {"rows": one(measured["rows"]), "cells": one(measured["cells"])}
+
+
+STUDY = Study(
+    folder=FOLDER,
+    about=__doc__,
+    measure=measure,
+    numbers=claimed,
+    tables=table,
+    seeds=SEEDS,
+    of_seed=of_seed,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(STUDY))

@@ -1,13 +1,10 @@
 """From what the runs measured to the numbers of the claims, and to the tables of the page."""
 
 import itertools
-import json
 import math
 import tomllib
 from decimal import Decimal
 from pathlib import Path
-
-from claims import BEGIN, END
 
 FOLDER = Path(__file__).parent
 SMALL = 1e-5
@@ -112,22 +109,6 @@ def _apart(curves):
             yield 100 * (max(curve[k] for curve in curves) / min(curve[k] for curve in curves) - 1)
 
 
-def claims_table(got, expected):
-    """Return claim, command, expected and got; `got` is None where nothing was run."""
-    lines = ["| claim | command | expected | got |", "|---|---|---|---|"]
-    for name, claim in expected.items():
-        limit = f"at most {claim['most']:g}" if "most" in claim else f"at least {claim['least']:g}"
-        lines.append(f"| {claim['claim']} | `run.py` | {limit} | {_verdict(got, name, claim)} |")
-    return "\n".join(lines)
-
-
-def _verdict(got, name, claim):
-    if got is None:
-        return "not run yet"
-    holds = got[name] <= claim["most"] if "most" in claim else got[name] >= claim["least"]
-    return f"{got[name]:.4g}" if holds else f"**missed**: {got[name]:.4g}"
-
-
 def values_table(runs):
     """Return every number of values.toml beside what was measured; a run cut short says so."""
     lines = ["| run | quantity | round | expected | got | off |", "|---|---|---|---|---|---|"]
@@ -163,32 +144,17 @@ def rates_table(runs):
     return "\n".join(lines)
 
 
-def page(text):
-    """Return the page with what is generated made anew from the result file."""
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    path = FOLDER / "results" / "comparison.json"
-    expected = tomllib.loads((FOLDER / "expected.toml").read_text(encoding="utf-8"))
-    if not path.exists():
-        return f"{before}{BEGIN}\n{claims_table(None, expected)}\n{END}{after}"
-    held = json.loads(path.read_text(encoding="utf-8"))
-    runs = with_rounds(held["runs"])
-    where = held["circumstances"]
-    commit = where["commit"][:7] + ("+changes" if "+changes" in where["commit"] else "")
-    parts = [
-        claims_table(held["got"], expected),
-        "### Every number\n\n" + values_table(runs),
-        "### Rates, bias, rounding\n\n" + rates_table(runs),
-        f"{where['machine']}, {held['cores']} cores, {held['processes']} processes of one thread, "
-        f"{held['wall_s']:.0f} s; torch {where['torch']}, numpy {held['numpy']}, Python {where['python']}, "
-        f"{where['time'][:10]}, commit {commit}.",
-    ]
-    return f"{before}{BEGIN}\n" + "\n\n".join(parts) + f"\n{END}{after}"
+def tables(runs):
+    """Return all tables of the page."""
+    return f"### Every number\n\n{values_table(runs)}\n\n### Rates, bias, rounding\n\n{rates_table(runs)}"
 
 
 def with_rounds(runs):
-    """Return the runs of a result file with rounds as numbers again."""
+    """Return the runs of a result file with rounds as numbers again, and NaN where a run was too short."""
     return {
-        name: {quantity: {int(k): v for k, v in curve.items()} for quantity, curve in run.items()}
+        name: {
+            quantity: {int(k): math.nan if v is None else v for k, v in curve.items()}
+            for quantity, curve in run.items()
+        }
         for name, run in runs.items()
     }

@@ -1,14 +1,12 @@
 """Gossip on four graphs: SGP, SGAP, with momentum, and SADDOPT; see README.md.
 
-python experiments/push_sum/run.py            # 2 1/2 minutes on one core
-python experiments/push_sum/run.py --smoke    # seconds, proves nothing but that it runs
-python experiments/push_sum/run.py --report   # writes the tables of README.md from results/comparison.json
+hardy reproduce push_sum            # minutes on two cores
+hardy reproduce push_sum --smoke    # seconds, proves nothing but that it runs
 """
 
 import itertools
-import multiprocessing
+import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -17,14 +15,14 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import problem  # noqa: E402  the path is set above
 import torch  # noqa: E402
-from claims import command_line, generated, verdict, write_results  # noqa: E402
+from claims import Study, main  # noqa: E402
 
 from hardy.distributed.gossip.config import TopologyConfig  # noqa: E402
 from hardy.distributed.gossip.topology import Topology  # noqa: E402
 from hardy.reference import push_sum as twin  # noqa: E402
 from hardy.rng import generator_for  # noqa: E402
 
-ETA, STEPS, SEEDS = 0.05, 500, (0, 1, 2)
+ETA, STEPS, SMOKE_STEPS, SEEDS = 0.05, 500, 3, (0, 1, 2)
 GRAPHS = ("full", "double_clique", "random_edges", "one_peer_exponential")
 METHODS = {
     "SGP": {},
@@ -80,19 +78,21 @@ def measured(cell, *, steps):
     }
 
 
-def means(rows):
-    """Return (data, method, graph) -> mean over seeds of every number."""
-    found = {}
-    for (data, method, graph, _), numbers in rows:
-        found.setdefault((data, method, graph), []).append(numbers)
+def means(measured):
+    """Return (data, method, graph) -> mean over seeds of every number; some files hold means only."""
     return {
-        key: {name: sum(row[name] for row in values) / len(values) for name in values[0]}
-        for key, values in found.items()
+        tuple(row["cell"]): {
+            name: statistics.fmean(value) if isinstance(value, list) else value
+            for name, value in row.items()
+            if name != "cell"
+        }
+        for row in measured["rows"]
     }
 
 
-def claimed(found):
+def claimed(measured):
     """Return the numbers that claims are about."""
+    found = means(measured)
 
     def over_graphs(data, method, name):
         return [found[data, method, graph][name] for graph in GRAPHS]
@@ -122,7 +122,7 @@ def table(results):
     """Return the table of results as text."""
     lines = ["| data, method | " + " | ".join(graph.replace("_", " ") for graph in GRAPHS) + " |"]
     lines.append("|---|" + "---|" * len(GRAPHS))
-    found = {tuple(row["cell"]): row for row in results["rows"]}
+    found = means(results)
     for data, method in dict.fromkeys((data, method) for data, method, _ in found):
         cells = []
         for graph in GRAPHS:
@@ -132,35 +132,36 @@ def table(results):
     return "\n".join(lines)
 
 
-page = partial(generated, FOLDER, table_of=table)
-"""From the text of README.md to the text with tables made anew."""
+def measure(trials, is_smoke):
+    """Train every cell; what is kept of a cell are its numbers, seed by seed."""
+    cells = [cell for cell in CELLS if cell[3] == SEEDS[0]] if is_smoke else CELLS
+    work = partial(measured, steps=SMOKE_STEPS if is_smoke else STEPS)
+    rows = {}
+    for (*key, _), numbers in trials.run(work, cells, label=lambda c: ", ".join(map(str, c))).items():
+        row = rows.setdefault(tuple(key), {"cell": key} | {name: [] for name in numbers})
+        for name, value in numbers.items():
+            row[name].append(value)
+    return {"rows": list(rows.values())}
 
 
-def main():
-    """Run all cells and say what holds."""
-    options = command_line(FOLDER, __doc__, page)
-    if options is None:
-        return 0
-    cells = [cell for cell in CELLS if cell[3] == 0] if options.smoke else CELLS
-    work, began = partial(measured, steps=3 if options.smoke else STEPS), time.perf_counter()
-    if options.smoke or options.processes == 1:
-        rows = [(cell, work(cell)) for cell in cells]
-    else:
-        with multiprocessing.get_context("fork").Pool(options.processes) as pool:
-            rows = list(zip(cells, pool.imap(work, cells, chunksize=1), strict=True))
-    found = means(rows)
-    got = claimed(found)
-    results = {"rows": [{"cell": list(key)} | numbers for key, numbers in found.items()], "got": got}
-    print(f"{table(results)}\n")
-    holds = verdict(FOLDER, got, smoke=options.smoke)
-    wall_s = time.perf_counter() - began
-    print(f"{wall_s:.1f} s")
-    if not options.smoke:
-        write_results(FOLDER, "comparison", results | {"wall_s": wall_s, "seeds": list(SEEDS)})
-        readme = FOLDER / "README.md"
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0 if holds or options.smoke else 1
+def of_seed(found, place):
+    """Return what one seed gave."""
+    rows = [
+        {name: value if name == "cell" else value[place : place + 1] for name, value in row.items()}
+        for row in found["rows"]
+    ]
+    return {"rows": rows}
 
+
+STUDY = Study(
+    folder=FOLDER,
+    about=__doc__,
+    measure=measure,
+    numbers=claimed,
+    tables=table,
+    seeds=SEEDS,
+    of_seed=of_seed,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(STUDY))

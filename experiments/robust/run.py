@@ -1,33 +1,27 @@
 """A small language model of eight workers, two of whom attack: rule by rule, attack by attack; see README.md.
 
-python experiments/robust/run.py            # about fifteen minutes on two cores
-python experiments/robust/run.py --smoke    # seconds, proves nothing but that it runs
-python experiments/robust/run.py --report   # writes the tables of README.md from results/comparison.json
+hardy reproduce robust            # 25 minutes on two busy cores
+hardy reproduce robust --smoke    # seconds, proves nothing but that it runs
 """
 
-import json
 import math
-import multiprocessing
-import os
 import statistics
 import sys
-import time
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
-import torch  # noqa: E402  the path is set above
-from claims import command_line, generated, verdict, write_results  # noqa: E402
+from claims import Study, main  # noqa: E402  the path is set above
 
 from hardy.distributed.robust.config import AttackConfig, DStarConfig, RobustConfig  # noqa: E402
 from hardy.train.simulate import prepare_task, train_strategy  # noqa: E402
 from hardy.train.simulate_config import SimulationConfig, TaskConfig  # noqa: E402
 from hardy.train.simulate_strategies import Entry  # noqa: E402
 
-WORKERS, F, SEEDS, STEPS = 8, 2, (0, 1, 2), 200
+WORKERS, F, SEEDS, STEPS, SMOKE_STEPS = 8, 2, (0, 1, 2), 200, 3
 SOURCE, SMOKE_SOURCE = "pydocs", "synthetic:constant,documents=200,mean=255"
 CACHE = Path("~/.cache/hardy").expanduser()
 DIVERGED = 10.0
@@ -51,6 +45,12 @@ ATTACKS = {
 }
 
 
+@cache
+def prepared(config):
+    """Return initial weights and text, made once for each seed in a process."""
+    return prepare_task(config, cache_dir=CACHE)
+
+
 def measured(cell, steps, source):
     """Return the validation loss of one run."""
     rule, attack, seed = cell
@@ -59,23 +59,24 @@ def measured(cell, steps, source):
     )
     config = SimulationConfig(workers=WORKERS, step_s=1.0, task=task)
     entry = Entry(label=rule, config=replace(RULES[rule], attack=ATTACKS[attack]))
-    loss = train_strategy(config, entry, prepare_task(config, cache_dir=CACHE)).validation_loss
+    loss = train_strategy(config, entry, prepared(config)).validation_loss
     return DIVERGED if loss is None or not loss < DIVERGED else loss
 
 
-def run_all(cells, steps, num_processes, source=SOURCE):
-    """Return the losses of all cells by name."""
-    work = partial(measured, steps=steps, source=source)
-    names = [" | ".join(map(str, cell)) for cell in cells]
-    if num_processes == 1:
-        return dict(zip(names, map(work, cells), strict=True))
-    with multiprocessing.get_context("fork").Pool(num_processes, initializer=one_thread) as pool:
-        return dict(zip(names, pool.imap(work, cells, chunksize=1), strict=True))
+def measure(trials, is_smoke):
+    """Train every rule under every attack, or two under one."""
+    cells = [(rule, attack, seed) for rule in RULES for attack in ATTACKS for seed in SEEDS]
+    steps, source = STEPS, SOURCE
+    if is_smoke:
+        steps, source = SMOKE_STEPS, SMOKE_SOURCE
+        cells = [(rule, attack, 0) for rule in ("mean", RECOMMENDED) for attack in ("none", "ipm 10")]
+    found = trials.run(partial(measured, steps=steps, source=source), cells, label=name_of)
+    return {"losses": {name_of(cell): loss for cell, loss in found.items()}, "steps": steps}
 
 
-def one_thread():
-    """A forked process must not wake the threads of its parent."""
-    torch.set_num_threads(1)
+def name_of(cell):
+    """Return rule, attack and seed as text."""
+    return " | ".join(map(str, cell))
 
 
 def means(losses, rule, attack):
@@ -100,43 +101,35 @@ def numbers(losses):
 
 
 def table(results):
-    """Return losses by rule and attack."""
+    """Return losses by rule and attack; a dash where nothing was run."""
     losses = results["losses"]
     lines = ["| rule | " + " | ".join(ATTACKS) + " |", "|---" * (len(ATTACKS) + 1) + "|"]
     for rule in RULES:
-        cells = ["{:.3f} ± {:.3f}".format(*means(losses, rule, attack)) for attack in ATTACKS]
+        cells = [
+            "{:.3f} ± {:.3f}".format(*means(losses, rule, attack))
+            if any(name.startswith(f"{rule} | {attack} | ") for name in losses)
+            else "–"
+            for attack in ATTACKS
+        ]
         lines.append(f"| {rule} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-page = partial(generated, FOLDER, table_of=table)
+def of_seed(found, place):
+    """Return what one seed gave."""
+    losses = {name: loss for name, loss in found["losses"].items() if name.endswith(f" | {SEEDS[place]}")}
+    return found | {"losses": losses}
 
 
-def main():
-    options = command_line(FOLDER, __doc__, page)
-    if options is None:
-        return 0
-    began, steps = time.perf_counter(), STEPS
-    cells = [(rule, attack, seed) for rule in RULES for attack in ATTACKS for seed in SEEDS]
-    if options.smoke:
-        steps, cells = (
-            3,
-            [(rule, attack, 0) for rule in ("mean", RECOMMENDED) for attack in ("none", "ipm 10")],
-        )
-    source, processes = (SMOKE_SOURCE, 1) if options.smoke else (SOURCE, options.processes)
-    losses = run_all(cells, steps, processes, source)
-    got = numbers(losses)
-    print(json.dumps(losses, indent=1))
-    holds = verdict(FOLDER, got, smoke=options.smoke)
-    wall_s = time.perf_counter() - began
-    print(f"{wall_s:.1f} s")
-    if not options.smoke:
-        results = {"losses": losses, "got": got, "steps": steps, "wall_s": wall_s, "cores": os.cpu_count()}
-        write_results(FOLDER, "comparison", results)
-        readme = FOLDER / "README.md"
-        readme.write_text(page(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    return 0 if holds or options.smoke else 1
-
+STUDY = Study(
+    folder=FOLDER,
+    about=__doc__,
+    measure=measure,
+    numbers=lambda found: numbers(found["losses"]),
+    tables=table,
+    seeds=SEEDS,
+    of_seed=of_seed,
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(STUDY))

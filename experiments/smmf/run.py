@@ -1,7 +1,7 @@
 """SMMF against AdamW and Adafactor on a small model, and its settings one by one; see README.md.
 
-python experiments/smmf/run.py            # minutes on two cores
-python experiments/smmf/run.py --smoke    # seconds, proves nothing but that it runs
+hardy reproduce smmf            # minutes on two cores
+hardy reproduce smmf --smoke    # seconds, proves nothing but that it runs
 """
 
 import sys
@@ -11,8 +11,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from optimizers import SMMF, TABLE  # noqa: E402  the path is set above
-from small_model import main, page  # noqa: E402
+from claims import main  # noqa: E402  the path is set above
+from optimizers import SMMF, TABLE  # noqa: E402
+from small_model import OptimizerStudy  # noqa: E402
 
 VARIANTS = {
     "smmf, whole model": partial(SMMF, embed_kind="smmf"),
@@ -29,8 +30,7 @@ CLAIMS = {
     "smmf_over_adafactor_percent": ("smmf, whole model", "adafactor"),
     "smmf_embeddings_percent": ("smmf, whole model", "smmf, embeddings by adamw"),
 }
-page = partial(page, FOLDER)
-
+STUDY = OptimizerStudy(table=TABLE | VARIANTS, names=NAMES, claims=CLAIMS).study(FOLDER, __doc__)
 
 if __name__ == "__main__":
-    sys.exit(main(FOLDER, __doc__, table=TABLE | VARIANTS, names=NAMES, claims=CLAIMS))
+    sys.exit(main(STUDY))

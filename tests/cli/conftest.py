@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -47,3 +50,98 @@ def finished_run(small, tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()):
         assert main(["train", "tiny", "--run-dir", str(run_dir), *small]) == 0
     return run_dir
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Write a run folder by hand: `make_run("a", seed=1, config={"optim.lr": 0.1}, lines=[...])`."""
+
+    def make(name, *, seed=0, config=None, lines=None, starts=None, parent=tmp_path):
+        settings = {"model": {"name": "1m"}, "optim": {"lr": 0.01}, "train": {"seed": seed, "steps": 4}}
+        for path, value in (config or {}).items():
+            section, key = path.split(".")
+            settings.setdefault(section, {})[key] = value
+        if lines is None:
+            lines = [
+                {"step": step, "loss": 5.0 - step, "tokens": 100 * step, "step_time_s": 0.5, "skipped": 0}
+                | ({"validation_loss": 5.5 - step + seed, "validation_time_s": 0.25} if step % 2 == 0 else {})
+                for step in range(1, 5)
+            ]
+        folder = parent / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(settings))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if starts is not None:
+            (folder / "run.json").write_text(json.dumps({"starts": starts}))
+        return folder
+
+    return make
+
+
+TOY_SCRIPT = """
+import argparse, sys
+from pathlib import Path
+from hardy.cli.reproduce_results import Result, library_hash, load_experiment, result_text
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--out", type=Path)
+parser.add_argument("--processes")
+parser.add_argument("--smoke", action="store_true")
+parser.add_argument("--write", action="store_true")
+options = parser.parse_args()
+folder = Path(__file__).parent
+with (folder / "calls.txt").open("a") as file:
+    file.write(" ".join(sys.argv[1:]) + "\\n")
+print("[1/2] the first\\n[2/2] the second")
+value = (folder / "value.txt").read_text()
+if value == "broken":
+    sys.exit("the experiment broke")
+experiment = load_experiment(folder)
+where = {"time": "2026-01-02T00:00", "commit": "0123456789", "torch": "2", "python": "3", "machine": "toy"}
+result = Result(
+    experiment=folder.name,
+    got={"gap": float(value), "gain": 2.0},
+    by_seed={"gap": (float(value) - 0.25, float(value) + 0.25), "gain": ()},
+    seeds=(0, 1),
+    duration_s=90.0,
+    settings_hash=experiment.settings_hash,
+    circumstances=where | {"library_hash": library_hash()},
+    measured={},
+)
+text = result_text(experiment, result)
+if not options.smoke:
+    (options.out / "comparison.json").write_text(text)
+if options.write:
+    (folder / "results").mkdir(exist_ok=True)
+    (folder / "results" / "comparison.json").write_text(text)
+"""
+TOY_CLAIMS = """
+title = "A toy"
+method = "toys"
+papers = ["2412.00001"]
+minutes = 2
+
+[gap]
+claim = "the gap is small"
+most = 1.0
+unit = "%"
+main = true
+[gain]
+claim = "there is a gain"
+least = 1.5
+"""
+
+
+@pytest.fixture
+def toys(tmp_path):
+    """A folder with the experiments `alpha` and `beta`, whose scripts take no time; `alpha` was run."""
+    folder = tmp_path / "experiments"
+    for name in ("alpha", "beta"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "run.py").write_text(TOY_SCRIPT)
+        (folder / name / "expected.toml").write_text(TOY_CLAIMS)
+        (folder / name / "value.txt").write_text("0.5")
+    words = [sys.executable, str(folder / "alpha" / "run.py"), "--out", str(tmp_path), "--write"]
+    subprocess.run(words, check=True, capture_output=True)
+    (folder / "alpha" / "calls.txt").unlink()
+    return folder

@@ -8,8 +8,9 @@ from hardy.balance.cost import load_cost, shape_hash
 from hardy.balance.plan import Scheme
 from hardy.cli import balance_profile
 from hardy.cli.balance import model_sizes
-from hardy.cli.balance_profile import rows_to_measure
 from hardy.cli.main import main
+from hardy.distributed.balance import profile
+from hardy.distributed.balance.profile import rows_to_measure
 
 
 def test_rows_have_the_same_tokens_in_other_pieces():
@@ -23,10 +24,10 @@ def test_rows_have_the_same_tokens_in_other_pieces():
 def steady(monkeypatch):
     """Steps that take exactly what a law says: what a busy machine measures is no test."""
 
-    def law(_model, row, _device, _clock):
+    def law(_model, row, *_, **__):
         return 2.0 + sum(1e-5 * s * s + 0.01 * s for s in row)
 
-    monkeypatch.setattr(balance_profile, "_step_ms", law)
+    monkeypatch.setattr(profile, "_step_ms", law)
 
 
 def test_what_is_measured_is_fitted_and_stored(steady, capsys, tmp_path):

@@ -25,7 +25,7 @@ exponents = st.integers(-30, 15)
 
 
 @pytest.mark.parametrize("rule", RULES)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=2, max_size=3),
     steps=st.lists(st.tuples(exponents, exponents), min_size=2, max_size=5),

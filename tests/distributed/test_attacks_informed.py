@@ -62,7 +62,7 @@ def largest_sum(rows):
     return torch.cdist(rows, rows).square().sum(1).max()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=SEEDS, direction=st.sampled_from(["deviation", "mean", "sign"]), rows=st.integers(2, 9))
 def test_min_max_and_min_sum_reach_their_bounds_and_no_farther(seed, direction, rows):
     honest = cloud(seed, rows=rows, columns=6)
@@ -97,7 +97,7 @@ def test_fang_lies_beyond_all_honest_values_on_the_harmful_side():
     assert (vectors[0] != vectors[1]).double().mean() > 0.99
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=SEEDS, honest=st.integers(5, 15), data=st.data())
 def test_identical_vectors_are_nearest_to_the_median_of_all_rows_and_point_against_mu(seed, honest, data):
     liars = data.draw(st.integers(1, honest - 1))

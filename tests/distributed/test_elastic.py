@@ -76,12 +76,6 @@ def test_a_store_that_does_not_answer_says_what_to_check():
         StoreGroup(address, 0, founders=1, fingerprint="a", patience=HASTY)
 
 
-@pytest.mark.parametrize("address", ["localhost", ":29500", "host:port", ""])
-def test_an_address_without_host_or_port_is_refused(address):
-    with pytest.raises(UserError, match="the address of the store is host:port, got"):
-        StoreGroup(address, 0, founders=1, fingerprint="a", patience=QUICK)
-
-
 def test_founders_that_do_not_come_are_counted(join):
     with pytest.raises(WorkerLostError, match=r"replica 4 waited 20 s for 2 replicas.*1 came: 4.1 \(number"):
         join(4, founders=2, patience=Patience(start_s=20.0), inner=Alone(clock=VirtualClock()))

@@ -64,7 +64,7 @@ def test_ours_hold_what_the_formula_says(kind, shape, given, dtype):
     assert state_bytes(kind, shape, settings=given, weight_bytes=dtype.itemsize) == wanted
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["adamw", "apollo", "smmf"]),
     st.lists(st.integers(1, 30), min_size=2, max_size=4).map(tuple),

@@ -54,7 +54,7 @@ def generate_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy generate`."""
     if arguments.tokens < 1:
         raise UserError(f"--tokens must be at least 1, got {arguments.tokens}")
-    is_foreign = _is_hugging_face(arguments.source)
+    is_foreign = is_hugging_face(arguments.source)
     if is_foreign and arguments.step is not None:
         raise UserError(f"{arguments.source} is no run and has no checkpoints; leave --step out")
     model, tokenizer = (
@@ -162,7 +162,7 @@ def load_folder(folder: Path) -> "tuple[nn.Module, Tokenizer]":
     return model.float(), load_tokenizer(folder)
 
 
-def _is_hugging_face(folder: Path) -> bool:
+def is_hugging_face(folder: Path) -> bool:
     """Whether config.json is a model's, not a run's."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

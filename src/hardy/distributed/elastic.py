@@ -28,6 +28,7 @@ from hardy.distributed.groups import ExcludedError, Regrouping
 from hardy.distributed.groups import FixedGroup as FixedGroup
 from hardy.distributed.groups import OuterGroup as OuterGroup
 from hardy.distributed.groups import SimGroup as SimGroup
+from hardy.distributed.store import connect_store, open_store
 
 _POLL_S = 0.02
 """Between two looks into the store."""
@@ -70,7 +71,7 @@ class StoreHost:
     """
 
     def __init__(self, *, host: str = "127.0.0.1", port: int = 0) -> None:
-        self._store = TCPStore(host, port, is_master=True, wait_for_workers=False)
+        self._store = open_store(host, port=port)
         self.address = f"{host}:{self._store.port}"
 
     def report_loss(self, replica: int) -> None:
@@ -406,12 +407,8 @@ class _Roster:
         return f"beats/{name}/{shard}"
 
     def _open(self) -> TCPStore:
-        host, _, port = self._address.rpartition(":")
-        if not host or not port.isdecimal():
-            raise UserError(f"the address of the store is host:port, got {self._address!r}")
         with self._asking():
-            timeout = timedelta(seconds=self._patience.start_s)
-            return TCPStore(host, int(port), is_master=False, timeout=timeout)
+            return connect_store(self._address, timeout_s=self._patience.start_s)
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
@@ -43,7 +43,6 @@ def counts(guard):
     return [guard.counters()[name].item() for name in COUNTERS]
 
 
-@settings(deadline=None)
 @given(norms=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=50))
 def test_until_one_over_alpha_the_statistics_are_numpys(norms):
     guard = ZTest(num_units=1, alpha=0.02, delta=INF)
@@ -68,7 +67,6 @@ def test_after_one_over_alpha_the_average_is_exponential():
 NORMS = st.one_of(st.floats(0.5, 2.0), st.floats(0, 1e4), st.sampled_from([NAN, INF, 0.0]))
 
 
-@settings(deadline=None)
 @given(
     norms=st.lists(st.tuples(NORMS, NORMS), max_size=40), delta=st.floats(0.5, 5), warmup=st.integers(1, 8)
 )

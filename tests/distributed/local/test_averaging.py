@@ -45,7 +45,7 @@ class Median(Aggregation):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=TABLES)
 def test_weights_sum_to_one_over_those_that_are_left_and_are_zero_elsewhere(rule, rows):
     norms_NU = table(rows)
@@ -57,7 +57,7 @@ def test_weights_sum_to_one_over_those_that_are_left_and_are_zero_elsewhere(rule
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=TABLES, seed=st.integers(0, 99))
 def test_permuting_replicas_permutes_the_weights(rule, rows, seed):
     norms_NU = table(rows)
@@ -69,7 +69,7 @@ def test_permuting_replicas_permutes_the_weights(rule, rows, seed):
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(rows=TABLES)
 def test_a_replica_that_is_left_out_changes_nothing_for_the_others(rule, rows):
     norms_NU, count = table(rows), len(rows)
@@ -92,7 +92,6 @@ def test_the_softmax_is_torchs_where_all_are_well():
         torch.testing.assert_close(w_NU, torch.softmax(-norms_NU / temperature, 0), rtol=1e-12, atol=0)
 
 
-@settings(deadline=None)
 @given(rows=TABLES)
 def test_a_hot_softmax_is_the_mean_and_a_cold_one_the_smallest_norm(rows):
     norms_NU = table(rows)
@@ -109,7 +108,6 @@ def test_a_hot_softmax_is_the_mean_and_a_cold_one_the_smallest_norm(rows):
     assert (cold_NU.amax(0)[distinct_U] == 1).all()
 
 
-@settings(deadline=None)
 @given(
     norms=st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=6),
     scale=st.floats(1e-6, 1e6),

@@ -23,7 +23,7 @@ def numbers(measured):
     return [getattr(measured, name).item() for name in Drift.__dataclass_fields__]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(count=st.integers(2, 6), size=st.integers(1, 20), seed=st.integers(0, 10**6))
 def test_the_measures_are_numpys(count, size, seed):
     D_Nn, p_N = draw(count, size, seed=seed) + 0.5, draw(count, seed=seed + 1).abs() + 0.01

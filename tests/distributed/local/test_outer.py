@@ -74,7 +74,7 @@ def test_lr_one_without_momentum_is_the_mean_of_the_parameters_and_keeps_nothing
     assert outer.buffers(0) == {} and outer.state_dict() == {}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     lr=st.floats(0.01, 2.0),
     momentum=st.floats(0.0, 0.95),

@@ -1,7 +1,7 @@
 """Rounds by steps, fragments in turn, and rounds by time that survive large clocks and a resume."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hardy.config import ConfigError
@@ -10,7 +10,6 @@ from hardy.distributed.local.triggers import EverySeconds, EverySteps
 UNIX_S = 1.8e9
 
 
-@settings(deadline=None)
 @given(steps=st.integers(1, 200), upto=st.integers(0, 1000))
 def test_by_steps_a_round_is_due_once_in_tau(steps, upto):
     trigger = EverySteps(steps)
@@ -19,7 +18,6 @@ def test_by_steps_a_round_is_due_once_in_tau(steps, upto):
     assert trigger.enough(1)
 
 
-@settings(deadline=None)
 @given(fragments=st.integers(1, 12), length=st.integers(1, 12), step=st.integers(0, 500))
 def test_each_fragment_is_due_at_its_offset(fragments, length, step):
     tau = fragments * length
@@ -57,7 +55,6 @@ def test_the_first_question_only_starts_the_clock():
     assert [trigger.due(9, now) for now in (520.9, 521.0)] == [False, True]
 
 
-@settings(deadline=None)
 @given(seconds=st.floats(0.01, 1e5), start=st.floats(0, UNIX_S))
 def test_a_huge_clock_is_exact_to_a_microsecond(seconds, start):
     trigger = EverySeconds(seconds, min_steps=1)
@@ -66,7 +63,6 @@ def test_a_huge_clock_is_exact_to_a_microsecond(seconds, start):
     assert trigger.due(1, start + seconds + 1e-6)
 
 
-@settings(deadline=None)
 @given(seconds=st.floats(1.0, 1e4), share=st.floats(0.0, 0.99), restart=st.floats(0, UNIX_S))
 def test_a_resume_goes_on_with_the_remainder_on_another_clock(seconds, share, restart):
     before = EverySeconds(seconds, min_steps=1)

@@ -17,7 +17,6 @@ listens at the given interface only.
 
 import logging
 import math
-import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,6 +46,7 @@ from hardy.distributed.robust.records import (
     Seal,
     digest_of,
 )
+from hardy.distributed.store import connect_store, open_store
 
 POPS = 8
 """Messages that are taken from one queue before the next has its turn."""
@@ -54,8 +54,6 @@ LANE_LIMIT = 64
 """Messages that a member's queue may hold; an honest member has at most three under way."""
 _POLL_S = 0.001
 """Between two looks for the bell, while a decision is due by time."""
-_TRY_S = 2.0
-"""Until a connection is tried anew."""
 _LONG = timedelta(days=365)
 _JOIN, _BELL, _SALT, _PROOF = "fastest/join", "fastest/bell", "fastest/salt", "fastest/proof"
 
@@ -98,7 +96,7 @@ class ElectionHost:
         record_line: Callable[[Elected], None] | None = None,
         replay: Mapping[int, tuple[int, ...]] | None = None,
     ) -> None:
-        self._store = _listening(host)
+        self._store = open_store(host)
         self.address = f"{host}:{self._store.port}"
         self.coordinator = Coordinator(
             rules,
@@ -115,7 +113,7 @@ class ElectionHost:
         self._lost: list[int] = []
         self._thread = threading.Thread(
             target=self._live,
-            args=(connect(self.address, timeout_s=60.0),),  # a connection serves one thread
+            args=(connect_store(self.address, timeout_s=60.0),),  # a connection serves one thread
             daemon=True,
             name="election",
         )
@@ -235,8 +233,8 @@ class StoreWire:
         self._address, self._start_s = address, start_s
         self._digest, self._number = digest_of(key.run_id, key.fingerprint), 0
         with _answering(address):
-            self._store = connect(address, timeout_s=start_s)
-            self._inbox = connect(address, timeout_s=start_s)
+            self._store = connect_store(address, timeout_s=start_s)
+            self._inbox = connect_store(address, timeout_s=start_s)
             salt, proof = self._store.get(_SALT).decode(), self._store.get(_PROOF).decode()
         self._seal = Seal(digest_of(key.run_id, salt), secret=key.secret)
         if proof != self._seal.proof().hex():
@@ -312,42 +310,6 @@ class StoreWire:
                 return self._seal.unpack(data)
             except RecordError as error:
                 logger.warning("a message to replica %d is refused: %s", self.rank, error)
-
-
-def _listening(host: str) -> TCPStore:
-    """Return a store that listens at this interface alone; torch's own listens at all."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.bind(where)
-            listener.listen(256)
-            port = listener.getsockname()[1]
-            store = TCPStore(
-                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.fileno()
-            )
-            listener.detach()  # it is the store's now
-            return store
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot listen at {host!r} for elections: {error}") from error
-
-
-def connect(address: str, *, timeout_s: float) -> TCPStore:
-    """Return a connection to the store at "host:port", for one thread."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"the address of the store is host:port, got {address!r}")
-    clock = WallClock()
-    until_s = clock.now() + timeout_s
-    while True:  # now and then one connection hangs although the store lives (torch 2.13, one in 50)
-        left_s = max(until_s - clock.now(), 0.1)
-        try:
-            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=min(left_s, _TRY_S)))
-        except RuntimeError:
-            if clock.now() >= until_s:
-                raise
-            continue
-        store.set_timeout(timedelta(seconds=timeout_s))
-        return store
 
 
 @contextmanager
