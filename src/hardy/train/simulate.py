@@ -287,7 +287,7 @@ class _Member:
         self.model.load_state_dict(log.task.model.state_dict())
         warmup_steps = min(_WARMUP_STEPS, task.steps // 10)
         schedule = ScheduleConfig(warmup_steps=warmup_steps)
-        optim = AdamWConfig(lr=task.lr, schedule=schedule)
+        optim = AdamWConfig(lr=task.lr, beta1=task.beta1, schedule=schedule)
         optimizer = build_optimizer(optim, self.model)
         self.schedule: Schedule = build_schedule(schedule, peak=task.lr, total_steps=task.steps)
         grid = _grid(comm, is_local=entry.config.replicas_step_alone)

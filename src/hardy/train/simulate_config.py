@@ -17,6 +17,7 @@ from hardy.config import (
 )
 from hardy.model.config import ModelConfig, ShapeConfig
 from hardy.model.presets import PRESETS, DecoderShape, check_context, resolve_shape
+from hardy.optim.config import Beta
 
 MODELS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
@@ -66,6 +67,8 @@ class TaskConfig(Config):
     """Tokens of one worker's step."""
     lr: PositiveFloat = 3e-3
     """Peak learning rate of AdamW, the inner optimizer."""
+    beta1: Beta = 0.9
+    """AdamW's decay of the first moment; 0 for workers that send momenta (strategy.worker_momentum)."""
     seed: NonNegativeInt = 0
     """Of initial weights, order of data, and how long steps take."""
     source: str = "synthetic:constant,documents=2000,mean=255"

@@ -75,7 +75,8 @@ class CombinedConfig(Config):
     pre: tuple[str, ...] = ("nnm",)
     """What is done before the rule, in this order: nnm, bucketing:2, clip:1.5, arc."""
     worker_momentum: Annotated[float, Range(least=0, below=1)] = 0.0
-    """Rate at which each worker averages its own gradients before it sends them; 0.9 helps every rule."""
+    """Rate at which each worker averages its own gradients before it sends them; 0.9 helps every rule. Under
+    AdamW set optim.beta1 to 0 and optim.lr to about a third besides."""
     worker: Literal["replica", "rank"] = "replica"
     """What counts as one worker: a replica, or a rank that shares the model with the others (FSDP2, DDP)."""
     exchange: Literal["slices", "scalars"] = "slices"
