@@ -1,9 +1,9 @@
 """The store: listens where it is told, is found after a connection that hangs, says what is wrong."""
 
 import socket
-import threading
 
 import pytest
+from torch.distributed import TCPStore
 
 from hardy.config import UserError
 from hardy.distributed import store
@@ -40,25 +40,23 @@ def test_an_address_without_host_or_port_is_refused(address):
         connect_store(address, timeout_s=1.0)
 
 
-def test_a_connection_that_hangs_is_tried_again(monkeypatch):
-    monkeypatch.setattr(store, "_TRY_S", 0.2)
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(8)
-        came = []
+def test_a_connection_that_fails_is_tried_again_until_time_is_up(monkeypatch):
+    tries = []
 
-        def take_two():
-            for _ in range(2):
-                came.append(deaf.accept())
+    def fail_twice(host, port, *, is_master, timeout):
+        tries.append(timeout.total_seconds())
+        if len(tries) < 3:
+            raise RuntimeError("the connection hangs")
+        return TCPStore(host, port, is_master=is_master, timeout=timeout)
 
-        thread = threading.Thread(target=take_two, daemon=True)
-        thread.start()
-        with pytest.raises(RuntimeError):
-            connect_store(f"127.0.0.1:{deaf.getsockname()[1]}", timeout_s=1.0)
-        thread.join(5.0)
-        assert len(came) == 2
-        for connection, _ in came:
-            connection.close()
+    host = open_store("127.0.0.1")
+    monkeypatch.setattr(store, "TCPStore", fail_twice)
+    connect_store(f"127.0.0.1:{host.port}", timeout_s=60.0).set("a", "b")
+    assert tries == [2.0, 2.0, 2.0] and host.get("a") == b"b"
+    tries.clear()
+    with pytest.raises(RuntimeError, match="the connection hangs"):
+        connect_store(f"127.0.0.1:{host.port}", timeout_s=0.0)
+    assert tries == [0.1]
 
 
 def test_an_answer_may_take_as_long_as_was_asked_for():
