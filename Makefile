@@ -6,6 +6,7 @@ TORCH_INSTALL ?= $(shell grep '^torch==' constraints.txt)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PROCESSES := tests/mp tests/cli tests/contracts/test_communicators.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help demo test lint check golden bench figures reproduce smoke clean
@@ -26,7 +27,7 @@ demo: $(READY) ## train a small model on this machine's Python sources, let it w
 
 test: $(READY) ## all tests, with the slowest named; those that start processes and measure time come alone
 	$(PYTEST) --durations=10 -n auto --maxprocesses 8 -m "not mp"
-	$(PYTEST) --durations=10 -m mp
+	$(PYTEST) --durations=10 -m mp $(PROCESSES)
 
 lint: $(READY) ## format, style, types, directions of imports
 	$(BIN)/ruff format --check .

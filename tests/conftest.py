@@ -1,5 +1,6 @@
 """What all tests share: one thread, golden files, a small run's settings."""
 
+import gc
 import json
 import math
 import os
@@ -26,6 +27,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.is_relative_to(PROCESSES):
             item.add_marker(pytest.mark.mp)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what the collector would walk through again and again: eleven thousand tests
 
 
 @pytest.fixture(autouse=True)

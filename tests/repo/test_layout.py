@@ -81,3 +81,12 @@ def test_the_pinned_versions_cover_every_dependency():
     wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert {re.match(r"[\w-]+", line)[0] for line in wanted} <= set(pinned)
+
+
+def test_make_test_runs_every_test_that_starts_processes():
+    line = re.search(r"^PROCESSES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert line is not None
+    places = [ROOT / word for word in line[1].split()]
+    mark = "pytest.mark." + "mp"
+    files = [path for path in TESTS.rglob("test_*.py") if mark in path.read_text()]
+    assert files and [path for path in files if not any(path.is_relative_to(place) for place in places)] == []
