@@ -3,14 +3,20 @@
 import json
 
 import pytest
+import torch
 
 from hardy.balance.cost import load_cost, shape_hash
+from hardy.balance.fit import fit_cost
 from hardy.balance.plan import Scheme
 from hardy.cli import balance_profile
-from hardy.cli.balance import model_sizes
+from hardy.cli.balance import add_balance, model_sizes
 from hardy.cli.main import main
+from hardy.cli.parser import Parser
+from hardy.clock import WallClock
 from hardy.distributed.balance import profile
 from hardy.distributed.balance.profile import rows_to_measure
+from hardy.distributed.comm import Alone
+from hardy.distributed.simulation import SimWorld
 
 
 def test_rows_have_the_same_tokens_in_other_pieces():
@@ -53,12 +59,10 @@ def test_as_json(steady, capsys):
 
 
 def test_a_step_is_really_run(capsys):
-    from hardy.clock import WallClock
-
     rows = rows_to_measure(64, shortest=16)
     assert max(map(sum, rows)) <= 64
     measured = balance_profile.measure(
-        "1m", longest=128, device=balance_profile.torch.device("cpu"), clock=WallClock()
+        "1m", Alone(clock=WallClock()), longest=128, device=torch.device("cpu")
     )
     assert all(each.time > 0 for each in measured)
     assert {each.lengths for each in measured} == set(rows_to_measure(128))
@@ -68,3 +72,38 @@ def test_a_file_that_cannot_be_written(steady, capsys, tmp_path):
     words = ["balance", "profile", "--cost", "1m", "--context", "512"]
     assert main([*words, "--out", str(tmp_path / "none" / "cost.json")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_groups_are_measured_too(monkeypatch):
+    def law(_model, row, group, *_, **__):
+        return 2.0 + sum(1e-5 * s * s + 0.01 * s for s in row) / (1 + 0.5 * (group.size - 1))
+
+    monkeypatch.setattr(profile, "_step_ms", law)
+    here = torch.device("cpu")
+    found = SimWorld(4).run(lambda comm: balance_profile.measure("1m", comm, longest=512, device=here))
+    assert found[0] == found[3]
+    cost, fits = fit_cost(found[0], cap_tokens=512)
+    assert [own.scheme.context for own in cost.schemes] == [1, 2, 4]
+    assert [own.a for own in cost.schemes] == pytest.approx([1e-5, 1e-5 / 1.5, 1e-5 / 2.5])
+    told = list(balance_profile._lines(fits, {"source": "s", "device": "d", "torch": "t", "dtype": "f"}, 0))
+    assert [line.split(":")[0] for line in told[1::2]] == ["one worker", "a group of 2", "a group of 4"]
+    assert not any("not measured" in line for line in told)
+
+
+def test_workers_are_started_with_the_same_words(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(balance_profile, "run_workers", lambda *given: seen.append(given) or 0)
+    words = ["balance", "profile", "--cost", "1m", "--context", "512", "--ranks", "4"]
+    words += ["--out", str(tmp_path / "cost.json"), "--json"]
+    assert main([*words, "--workers", "2"]) == 0
+    (number, given), parser = seen[0], Parser()
+    add_balance(parser)
+    assert number == 2 and vars(parser.parse_args(given[1:])) == vars(parser.parse_args(words[1:]))
+
+
+@pytest.mark.parametrize(
+    "number, text", [("3", "2, 4, 8, ... workers; give such a --workers, got 3"), ("0", "1")]
+)
+def test_numbers_of_workers_that_make_no_groups(number, text, capsys):
+    assert main(["balance", "profile", "--cost", "1m", "--context", "512", "--workers", number]) == 2
+    assert text in capsys.readouterr().err

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hardy.cli.environment import cache_dir, world
+from hardy.cli.environment import cache_dir, who_works, world
 from hardy.config import UserError
 from hardy.train.plan import World
 
@@ -57,3 +57,15 @@ def test_a_launcher_of_one_needs_no_address():
 def test_a_launcher_that_says_too_little_is_refused(said, text):
     with pytest.raises(UserError, match=text):
         world(said)
+
+
+def test_who_works():
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "HARDY_MEETING": "file:///x"}
+    assert who_works(None, {}) == (World(), 1) and who_works(None, {}, default=3)[1] == 3
+    assert who_works(2, {}) == (World(), 2)
+    me, number = who_works(None, launched)
+    assert (me.rank, number) == (1, 2) and who_works(2, launched)[1] == 2
+    with pytest.raises(UserError, match="--workers must be at least 1, got 0"):
+        who_works(0, {})
+    with pytest.raises(UserError, match="--workers 4 was given, but a launcher started 2 workers; leave"):
+        who_works(4, launched)

@@ -47,6 +47,12 @@ def add_balance(parser: Parser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     add("--png", type=Path, metavar="FILE", help="of plan: the timeline as a picture")
     add("--out", type=Path, metavar="FILE", help="of profile: where the cost goes")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="of profile: processes whose groups are timed too (default: 1)",
+    )
     add("--json", action="store_true", help="print everything as JSON")
 
 

@@ -62,3 +62,24 @@ def world(environment: Mapping[str, str]) -> World:
         store=store,
         restarts=numbers[RESTARTS],
     )
+
+
+def who_works(asked: int | None, environment: Mapping[str, str], *, default: int = 1) -> tuple[World, int]:
+    """Return who this process is and how many workers there are; a launcher decides before `--workers`.
+
+    Args:
+        asked: `--workers`.
+        environment: ours.
+        default: workers where nobody says.
+
+    Raises:
+        UserError: fewer than one, or another number than a launcher started.
+    """
+    if asked is not None and asked < 1:
+        raise UserError(f"--workers must be at least 1, got {asked}")
+    me = world(environment)
+    if me.size > 1 and asked not in (None, 1, me.size):
+        raise UserError(
+            f"--workers {asked} was given, but a launcher started {me.size} workers; leave --workers out"
+        )
+    return me, me.size if me.size > 1 else asked or default

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from hardy.cli import failure
 from hardy.cli.dry_run import show_plan
-from hardy.cli.environment import MEETING, STORE, cache_dir, world
+from hardy.cli.environment import MEETING, STORE, cache_dir, who_works
 from hardy.cli.output import print_json
 from hardy.cli.parser import Parser
 from hardy.cli.settings import change, resolve, settings_text
@@ -64,7 +64,7 @@ def resume_help() -> str:
 def train_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy train`."""
     resolved = resolve(arguments.target, arguments.settings)
-    me, num_workers = _workers(arguments)
+    me, num_workers = who_works(arguments.workers, os.environ)
     plan = plan_run(resolved.config, num_workers=num_workers)
     if arguments.dry_run:
         show_plan(resolved, plan, as_json=arguments.json)
@@ -89,7 +89,8 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy resume`."""
     run_dir: Path = arguments.run_dir
     config = change(RunFolder(run_dir).read_config(), parse_dotted(arguments.settings))
-    me, num_workers = _workers(arguments, default=RunFolder(run_dir).last_num_workers())
+    last = RunFolder(run_dir).last_num_workers()
+    me, num_workers = who_works(arguments.workers, os.environ, default=last)
     plan_run(config, num_workers=num_workers)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
@@ -144,19 +145,6 @@ def _run(
     if summary.stopped_by is None:
         return failure.SUCCESS
     return failure.INTERRUPTED if summary.stopped_by == "SIGINT" else failure.TERMINATED
-
-
-def _workers(arguments: argparse.Namespace, *, default: int = 1) -> tuple[World, int]:
-    """Return who this process is and how many workers train; a launcher decides before --workers."""
-    asked: int | None = arguments.workers
-    if asked is not None and asked < 1:
-        raise UserError(f"--workers must be at least 1, got {asked}")
-    me = world(os.environ)
-    if me.size > 1 and asked not in (None, 1, me.size):
-        raise UserError(
-            f"--workers {asked} was given, but a launcher started {me.size} workers; leave --workers out"
-        )
-    return me, me.size if me.size > 1 else asked or default
 
 
 def _next_run_dir(name: str, me: World) -> Path:

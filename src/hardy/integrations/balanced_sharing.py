@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +163,7 @@ def _attend(
         more["hardy_layout"] = DocumentLayout.from_lengths(lengths, device=query_1HTK.device)
     if more.get("hardy_layout") is None:
         return plain(module, *qkv, attention_mask, **more)
-    shared = cast(Callable[..., Tensor], context_parallel_attention)  # torch.compiler.disable is untyped
-    return attend(module, *qkv, attention_mask, attention=shared, **more)
+    return attend(module, *qkv, attention_mask, attention=context_parallel_attention, **more)
 
 
 def _mask(plain: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def _attention(balance: BalanceConfig) -> Callable[..., Tensor]:
     """Return how a decoder attends: where batches are planned, workers may share a document."""
     if balance.mode == "none":
         return packed_attention
-    return cast("Callable[..., Tensor]", context_parallel_attention)
+    return context_parallel_attention
 
 
 def _batches(

@@ -8,7 +8,9 @@ Shape suffixes: T rows of this worker, P rows of the whole pack, N rows of keys,
 worker, K head size, G workers.
 """
 
+from collections.abc import Callable
 from math import gcd
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +23,12 @@ from hardy.ops.attention_backends import CAUSAL, AttentionRule
 from hardy.ops.packed import DocumentLayout
 
 
-@torch.compiler.disable
+def _outside_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what torch.compile leaves out of its graphs; torch does not say of which type it is."""
+    return cast("Callable[..., Tensor]", torch.compiler.disable(function))
+
+
+@_outside_graphs
 def context_parallel_attention(
     query_THK: Tensor,
     key_THK: Tensor,
