@@ -198,7 +198,7 @@ def test_a_failure_is_a_warning_once_and_no_library(fresh_library, compiler, tmp
         assert [native_build.library() for _ in range(3)] == [None] * 3
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "optimizers on the CPU use torch operations, which are slower" in record.getMessage()
+    assert "work on the CPU is left to torch operations, which are slower" in record.getMessage()
     assert "could not compile native.cpp: cc1plus: out of cheese" in record.getMessage()
     assert not native_build.use_openmp_threads(wanted=True)
 

@@ -1,4 +1,5 @@
-// The sweeps of updates.py for CPUs: what `updates_native` calls. Compiled on first use by `native_build`.
+// The sweeps of updates.py for CPUs: what `updates_native` calls, and walks over stacks of rows, which
+// `native_rows` calls. Compiled on first use by `native_build`.
 //
 // Each function takes a table: one row of 64-bit words (addresses, sizes, flags) for a task, in the order of
 // the task's struct. Numbers that training makes (learning rate, step) stand in tensors and are read here, so
@@ -10,6 +11,7 @@
 #include <pthread.h>
 
 #include "native_apollo.hpp"
+#include "native_rows.hpp"
 #include "native_smmf.hpp"
 
 namespace hardy {
@@ -269,4 +271,14 @@ EXPORT int native_fill(float *out, int64_t count, uint64_t start, int64_t third,
       at += n;
     }
   });
+}
+
+EXPORT int native_row_sums(const float *rows, int64_t count, int64_t stride, int64_t columns, const float *g,
+                           double *out, int64_t threads) {
+  return row_sums(rows, count, stride, columns, g, out, threads);
+}
+
+EXPORT int native_mix_rows(const float *const *rows, const float *weights, int64_t count, int64_t columns,
+                           float *out, int64_t threads) {
+  return mix_rows(rows, weights, count, columns, out, threads);
 }

@@ -24,6 +24,7 @@ SOURCES = tuple(
     for name in (
         "native.cpp",
         "native_apollo.hpp",
+        "native_rows.hpp",
         "native_smmf.hpp",
         "native_threads.hpp",
         "native_values.hpp",
@@ -70,7 +71,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return load_library(SOURCES, cache_dir=_Settings.cache_dir or _user_cache())
     except BuildError as error:
-        logger.warning("optimizers on the CPU use torch operations, which are slower: %s", error)
+        logger.warning("work on the CPU is left to torch operations, which are slower: %s", error)
         return None
 
 

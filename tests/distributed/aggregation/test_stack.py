@@ -5,6 +5,13 @@ from hardy.distributed.aggregation import stack
 from hardy.distributed.aggregation.stack import Loader, identity, row_numbers, weighted_sums
 
 
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def way(request, monkeypatch):
+    """Walk in C++ where that can be had, and by torch."""
+    if request.param == "torch":
+        monkeypatch.setattr(stack, "can_walk", lambda *tensors: False)
+
+
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

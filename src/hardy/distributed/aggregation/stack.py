@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hardy.ops.native_rows import can_walk, mix_rows, row_sums
+
 Total = Callable[[Tensor], Tensor]
 """Adds float64 numbers over the workers that hold the other columns of the same stack."""
 
@@ -103,19 +105,27 @@ def _row_sums(
     """Return this worker's squared norms of `rows`, the references last, and their dots: fp64 [2, n + 1]."""
     sums = torch.zeros(2, len(rows) + 1, dtype=torch.float64, device=blocks[0].device)
     for number, block in enumerate(blocks):
+        trusted = None if references is None else references[number]
+        if least == torch.float32 and len(rows) == len(block) and can_walk(*_there(block, trusted)):
+            sums += row_sums(block, trusted)
+            continue
         here = torch.zeros_like(sums, device=block.device)
         dtype = torch.promote_types(least, working_dtype(block))
         loader = Loader(block, rows, dtype=dtype)
         for where in chunks(block):
             x_nc = loader.view(where)
             here[0, :-1] += square_rows(x_nc)
-            if references is not None:
-                g_c = references[number][where].to(block.device, dtype)
+            if trusted is not None:
+                g_c = trusted[where].to(block.device, dtype)
                 here[0, -1:] += square_rows(g_c[None])
                 for x_nc_part, g_c_part in zip(x_nc.split(PRODUCT, 1), g_c.split(PRODUCT), strict=True):
                     here[1, :-1] += torch.mv(x_nc_part, g_c_part)
         sums += here.to(sums.device)
     return sums
+
+
+def _there(block: Tensor, vector: Tensor | None) -> list[Tensor]:
+    return [block] if vector is None else [block, vector]
 
 
 def products(x_nc: Tensor, y_mc: Tensor) -> Tensor:
@@ -206,10 +216,17 @@ def weighted_sums(
     for number, block in enumerate(blocks):
         dtype = working_dtype(block)
         vector = torch.empty(block.shape[1], dtype=dtype if exact else block.dtype, device=block.device)
+        extra = extras[number] if extras is not None and extra_weight != 0 else None
+        if can_walk(*_there(block, extra)):
+            added = [] if extra is None else [(extra, extra_weight)]
+            terms = [*((block[row], weight) for row, weight in weights), *added]
+            mix_rows([row for row, _ in terms], [weight for _, weight in terms], into=vector)
+            vectors.append(vector)
+            continue
         for where in chunks(block):
             parts = [(block[row, where], weight) for row, weight in weights]
-            if extras is not None and extra_weight != 0:
-                parts.append((extras[number][where].to(block.device), extra_weight))
+            if extra is not None:
+                parts.append((extra[where].to(block.device), extra_weight))
             target = vector[where]
             acc = (
                 target
