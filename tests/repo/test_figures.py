@@ -15,7 +15,7 @@ from hardy.cli.reproduce_results import load_experiments
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-MOST_BYTES, MOST_LINES = 60_000, 90
+MOST_BYTES, MOST_LINES = 90_000, 90
 sys.path.insert(0, str(DOCS))
 import figures  # noqa: E402  the path is set above
 import figures_data  # noqa: E402
