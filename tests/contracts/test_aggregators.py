@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardy.config import ConfigError
 from hardy.distributed.aggregation import RULES, build_aggregator, stack
+from hardy.distributed.aggregation.columns import drawn_columns
 from hardy.distributed.simulation import SimWorld
 from hardy.reference import aggregation as twin
 from hardy.reference import dstar as trusted_twin
@@ -72,6 +73,17 @@ def dstar_twin(**settings):
         return trusted_twin.dstar([X], [g], trusted_twin.Settings(**settings))[-1].u
 
     return run
+
+
+DNC_COLUMNS, DNC_ROUNDS = 30, 3
+
+
+def dnc_twin(X, f, g):
+    draws = [
+        drawn_columns(X.shape[1], DNC_COLUMNS, seed=0, purpose=["dnc", round_, 0]).tolist()
+        for round_ in range(DNC_ROUNDS)
+    ]
+    return twin.dnc_subsampled(X, f, draws)
 
 
 TRUSTED = {"translates": False, "least": lambda f: f + 1}
@@ -153,6 +165,13 @@ ENTRIES = [
     Entry(rule="monna", twin=lambda X, f, g: twin.monna(X, f, OWN), is_mean_without_faulty=True),
     Entry(rule="caf", twin=by_rows_and_f(twin.caf), is_mean_without_faulty=True),
     Entry(rule="dnc", twin=by_rows_and_f(twin.dnc), is_mean_without_faulty=True),
+    Entry(
+        rule="dnc",
+        arguments={"columns": DNC_COLUMNS, "rounds": DNC_ROUNDS},
+        twin=dnc_twin,
+        rotates=False,
+        is_mean_without_faulty=True,
+    ),
     Entry(rule="cge", twin=by_rows_and_f(twin.cge), translates=False, is_mean_without_faulty=True),
     Entry(rule="aksel", twin=by_rows(twin.aksel), rotates=False),
     Entry(rule="fltrust", twin=by_trust(trusted_twin.fltrust), **TRUSTED),
@@ -531,7 +550,10 @@ def test_workers_with_some_columns_each_decide_as_one_with_all(entry, cuts):
     shards, trusted = X.split(cuts, dim=1), g.split(cuts)
 
     def body(comm):
-        return entry.run([shards[comm.rank]], reference=trusted[comm.rank], total=comm.sum)
+        begins = [sum(cuts[: comm.rank])]
+        return entry.run(
+            [shards[comm.rank]], reference=trusted[comm.rank], total=comm.sum, first_columns=begins
+        )
 
     got = SimWorld(len(cuts)).run(body)
     close(torch.cat([outcome.vectors[0] for outcome in got]).double(), whole(want))

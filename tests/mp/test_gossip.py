@@ -105,7 +105,7 @@ def as_workers(run_workers, tmp_path, name, *, size, work):
 
 
 def lines(run_dir):
-    kept = ("step", "loss", "grad_norm", "validation_loss", "mass", "shares", "neighbourhood_distance")
+    kept = ("step", "loss", "grad_norm", "validation_loss", "mass", "shares", "distance_to_mean")
     read = read_metrics(run_dir / "metrics.jsonl")
     return [{key: line[key] for key in kept if key in line} for line in read]
 
@@ -130,4 +130,4 @@ def test_a_run_of_sharded_replicas_cut_off_goes_on_bit_for_bit(run_workers, conf
             shutil.rmtree(path)
     as_workers(run_workers, tmp_path, "b", size=4, work=lambda around, _: resume(cut, around).steps)
     assert lines(cut) == lines(whole) and len(lines(whole)) == 12
-    assert all("mass" in line for line in lines(whole))
+    assert all("mass" in line and "distance_to_mean" in line for line in lines(whole)[1:])

@@ -105,6 +105,37 @@ def test_layer_wise_rounds_under_fsdp_are_those_after_the_step(run_workers, repl
         assert torch.equal(after[0], within[0]) and torch.equal(after[1], within[1])
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_units_that_fsdp_gathers_ahead_of_their_round_are_gathered_again(run_workers, depth):
+    def both(comm):
+        weights, gathered = [], []
+        for layerwise in (False, True):
+            config = EDiTConfig(warmup_steps=2, every_steps=3, clip_norm=0.2, layerwise=layerwise)
+            made = Run(comm, config, replicas=2)
+            units = [made.model, *(made.model.get_submodule(name) for name in UNITS)]
+            for place, unit in enumerate(units):
+                unit.set_modules_to_forward_prefetch(units[place + 1 : place + 1 + depth])
+            times = []
+            units[2].set_reshard_after_forward(False)
+            for unit in units[1:]:
+                unshard = unit.unshard
+                unit.unshard = lambda unshard=unshard, times=times, made=made: (
+                    times.append(made.steps),
+                    unshard(),
+                )
+            for _ in range(11):
+                made.step(micro_batches=2)
+            made.strategy.finish()
+            weights.append((made.weights(), made.anchor()))
+            gathered.append(times)
+        return weights, gathered
+
+    for (after, within), gathered in run_workers(both, size=4):
+        assert torch.equal(after[0], within[0]) and torch.equal(after[1], within[1])
+        # In the first micro-batch of a round only; twice where the unit is kept whole after its forward pass.
+        assert gathered == [[], [5] * 4 + [8] * 4]
+
+
 def test_a_plain_round_after_each_step_is_hsdp(run_workers):
     from hardy.distributed.config import SynchronousConfig
 

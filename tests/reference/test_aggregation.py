@@ -56,6 +56,10 @@ def test_subsets():
     assert twin.cge(-LINE, 2).item() == pytest.approx(-4 / 3)
     assert twin.aksel(LINE).item() == pytest.approx(4 / 3)
     assert twin.dnc(LINE, 1).item() == 3.5
+    assert twin.dnc_subsampled(LINE, 1, [[0], [0]]).item() == 3.5
+    square = torch.tensor([[0.0, 0.0], [9.0, 1.0], [1.0, 9.0], [1.0, 1.0]], dtype=torch.float64)
+    assert twin.dnc_subsampled(square, 1, [[0], [1]]).tolist() == [0.5, 0.5]
+    assert twin.dnc_subsampled(square, 1, [[0], [1]], c=3).tolist() == [5.0, 5.0]  # row 2, row 1
     assert twin.caf(LINE, 1).item() == pytest.approx(3.5, abs=0.2)
 
 

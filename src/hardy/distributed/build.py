@@ -34,6 +34,7 @@ from hardy.distributed.groups import FixedGroup, Grid, OuterGroup
 from hardy.distributed.local.anomaly import AnomalyGuard, Finite, ZTest
 from hardy.distributed.local.averaging import Aggregation, Anchored, Mean, SoftmaxNorm, StepWeighted
 from hardy.distributed.local.compression import BF16, Compression, Full, Int8, TopK
+from hardy.distributed.local.gathered import keep_fresh
 from hardy.distributed.local.lane import Lane
 from hardy.distributed.local.outer import OuterOptimizer, OuterSGD, TorchOuter
 from hardy.distributed.local.round import Manner, Parts
@@ -123,7 +124,10 @@ def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
         lane=Lane(beside=is_beside and outer.runs_beside, device=units.device),
     )
     if config.layerwise:
-        watch_units(bare(trained.model), trained.unit_names, strategy)
+        model = bare(trained.model)
+        watch_units(model, trained.unit_names, strategy)
+        if units.is_sharded:
+            keep_fresh(model, trained.unit_names, inner=grid.inner, meets=lambda: bool(strategy.pending))
     return strategy
 
 

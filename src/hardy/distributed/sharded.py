@@ -181,6 +181,39 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
     return [param.grad for param in parameters if param.grad is not None]
 
 
+def is_sharded_unit(module: nn.Module) -> bool:
+    """Whether FSDP2 gathers the parameters of `module` as a whole."""
+    return isinstance(module, FSDPModule)
+
+
+def gather_again(module: nn.Module, *, is_kept: bool = False) -> None:
+    """Gather a unit whose parameters are whole from their shards anew; collective over those who share it.
+
+    Args:
+        module: a sharded unit, just before its forward pass.
+        is_kept: whether it stays whole after that (`reshard_after_forward=False`), and so heeds no `reshard`.
+    """
+    assert isinstance(module, FSDPModule), "others have nothing to gather"
+    if is_kept:
+        module.set_reshard_after_forward(True, recurse=False)
+    module.reshard()
+    module.unshard()
+    if is_kept:
+        module.set_reshard_after_forward(False, recurse=False)
+
+
+def is_shard(x: Tensor) -> bool:
+    """Whether `x` is spread over workers."""
+    return isinstance(x, DTensor)
+
+
+def own_part(full: Tensor, like: Tensor) -> Tensor:
+    """Return of `full`, the same on all workers, what this worker holds of `like`; no communication."""
+    if not isinstance(like, DTensor):
+        return full
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+
 def local_part(x: Tensor) -> Tensor:
     """Return the part of `x` on this worker; it shares its memory."""
     return x.to_local() if isinstance(x, DTensor) else x

@@ -142,10 +142,21 @@ def caf(X: Tensor, f: int) -> Tensor:
     return best
 
 
-def dnc(X: Tensor, f: int, c: float = 1.0) -> Tensor:
+def dnc_kept(X: Tensor, f: int, c: float = 1.0) -> list[int]:
     centred = X - mean(X)
     scores = (centred @ torch.linalg.svd(centred).Vh[0]) ** 2
-    return mean(X[sorted(range(len(X)), key=lambda i: scores[i].item())[: len(X) - int(c * f)]])
+    return sorted(range(len(X)), key=lambda i: scores[i].item())[: len(X) - int(c * f)]
+
+
+def dnc(X: Tensor, f: int, c: float = 1.0) -> Tensor:
+    return mean(X[dnc_kept(X, f, c)])
+
+
+def dnc_subsampled(X: Tensor, f: int, draws: list[list[int]], c: float = 1.0) -> Tensor:
+    """Return the mean of the rows kept most often, each time by the columns of one draw."""
+    kept = [i for columns in draws for i in dnc_kept(X[:, columns], f, c)]
+    most = max(kept.count(i) for i in range(len(X)))
+    return mean(X[[i for i in range(len(X)) if kept.count(i) == most]])
 
 
 def cge(X: Tensor, f: int) -> Tensor:

@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from hardy.distributed.aggregation import stack
-from hardy.distributed.aggregation.columns import Rows
+from hardy.distributed.aggregation.columns import Rows, drawn_columns
 from hardy.distributed.aggregation.stack import identity
 
 X = torch.randn(5, 23, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -56,3 +57,35 @@ def test_a_huge_row_of_weight_0_leaves_no_trace():
     huge = Rows(blocks=[stacked], places=[4, 0, 2], total=identity)
     mix = torch.tensor([[0.5, 0.0, 0.5]], dtype=torch.float64)
     torch.testing.assert_close(huge.reduced(mix, lambda x: x[0])[0], (X[4] + X[2]).float() / 2)
+
+
+def test_drawn_columns_are_the_same_however_they_are_held():
+    purpose, drawn = ["test", 3], drawn_columns(23, 7, seed=1, purpose=["test", 3])
+    assert len(set(drawn.tolist())) == 7 and drawn.tolist() == sorted(drawn.tolist()) and drawn.max() < 23
+    whole = rows().drawn(7, seed=1, purpose=purpose)
+    got = torch.cat([block.double() for block in whole.blocks], 1)
+    torch.testing.assert_close(got, X[[4, 0, 2]][:, drawn], rtol=1e-6, atol=1e-6)
+    assert list(whole.places) == [0, 1, 2]
+    pieces = []
+    for begin, end in ((0, 9), (9, 23)):
+        part = Rows(
+            blocks=[X[:, begin:end]],
+            places=[4, 0, 2],
+            total=lambda _: torch.tensor(23.0),
+            first_columns=[begin],
+        )
+        pieces.append(part.drawn(7, seed=1, purpose=purpose).blocks[0])
+    assert torch.equal(torch.cat(pieces, 1), X[[4, 0, 2]][:, drawn])
+
+
+def test_every_column_is_as_likely_and_none_comes_twice():
+    counts = torch.zeros(6)
+    for purpose in range(3000):
+        counts[drawn_columns(6, 2, seed=0, purpose=[purpose])] += 1
+    assert ((counts - 1000).abs() < 130).all() and counts.sum() == 6000
+
+
+def test_a_draw_from_columns_of_unknown_place_is_refused():
+    here = Rows(blocks=BLOCKS, places=[0], total=lambda number: number + 5)
+    with pytest.raises(ValueError, match="23 of 28 columns are here; to draw some give first_columns"):
+        here.drawn(3, seed=0, purpose=[])

@@ -3,6 +3,7 @@ import torch
 
 from hardy.config import ConfigError
 from hardy.distributed.aggregation import aggregate, build_aggregator, subset_rules
+from hardy.distributed.aggregation.columns import drawn_columns
 from hardy.reference import aggregation as twin
 
 
@@ -42,6 +43,53 @@ def test_dnc_drops_more_rows_by_its_factor():
         torch.testing.assert_close(got, twin.dnc(rows, 3, factor))
     with pytest.raises(ConfigError, match="factor=0.0 of the rule 'dnc' must be above 0"):
         build_aggregator("dnc", num_faulty=1, arguments={"factor": 0.0})
+
+
+def test_dnc_draws_columns_anew_by_seed_and_step_and_keeps_what_all_rounds_keep():
+    rows = draw(9, 60)
+    arguments = {"columns": 6, "rounds": 3}
+
+    def kept(seed, step):
+        aggregator = build_aggregator("dnc", num_faulty=2, arguments=arguments, seed=seed)
+        return aggregator([rows], step=step).vectors[0]
+
+    def plain(seed, step):
+        draws = [drawn_columns(60, 6, seed=seed, purpose=["dnc", k, step]).tolist() for k in range(3)]
+        return twin.dnc_subsampled(rows, 2, draws)
+
+    found = {(seed, step): kept(seed, step) for seed in range(2) for step in range(3)}
+    for (seed, step), vector in found.items():
+        torch.testing.assert_close(vector, plain(seed, step))
+        assert torch.equal(vector, kept(seed, step))
+    assert len({tuple(vector.tolist()) for vector in found.values()}) == 6
+
+
+def test_dnc_of_more_columns_than_there_are_is_dnc_of_all():
+    rows = draw(9, 60)
+    rows[:2] += 3
+    got = aggregate(rows, "dnc", num_faulty=2, columns=60)
+    torch.testing.assert_close(got, twin.dnc(rows, 2))
+    torch.testing.assert_close(aggregate(rows, "dnc", num_faulty=2), got)
+
+
+def test_dnc_that_keeps_no_row_in_every_round_takes_those_kept_most_often():
+    """Of three rows each round drops two; three rounds that leave different ones leave all."""
+    rows = draw(3, 400)
+    for columns, rounds in ((1, 1), (1, 7), (2, 7)):
+        draws = [drawn_columns(400, columns, seed=0, purpose=["dnc", k, 0]).tolist() for k in range(rounds)]
+        got = aggregate(rows, "dnc", num_faulty=1, factor=2.0, columns=columns, rounds=rounds)
+        torch.testing.assert_close(got, twin.dnc_subsampled(rows, 1, draws, 2.0))
+        assert got.isfinite().all()
+
+
+def test_dnc_of_few_columns_forms_no_whole_gram_matrix_and_refuses_what_cannot_be():
+    few = build_aggregator("dnc", num_faulty=1, arguments={"columns": 5})
+    assert not few.needs_gram and build_aggregator("dnc", num_faulty=1).needs_gram
+    for name, value in (("columns", 0), ("rounds", 0)):
+        with pytest.raises(ConfigError, match=f"{name}=0 of the rule 'dnc' must be at least 1"):
+            build_aggregator("dnc", num_faulty=1, arguments={name: value})
+    with pytest.raises(ValueError, match=r"first_columns=\[0, 2\] must be one number for each of 1 blocks"):
+        few([draw(5, 3)], first_columns=[0, 2])
 
 
 def test_aksel_keeps_half_or_all_honest_rows():

@@ -4,11 +4,18 @@ import pytest
 import torch
 from torch import nn
 
+from hardy.config import from_dict, override, to_dict
+from hardy.data.corpus import prepare
 from hardy.distributed.gossip.build import build_push_sum
 from hardy.distributed.gossip.config import PushSumConfig, TopologyConfig, WeightsConfig
 from hardy.distributed.gossip.push_sum import MassError
+from hardy.distributed.sharded import grad_norm
 from hardy.distributed.simulation import SimWorld
 from hardy.rng import generator_for
+from hardy.train.config import TrainConfig
+from hardy.train.device import choose_hardware
+from hardy.train.loop import Progress, run_loop
+from hardy.train.setup import assemble
 
 STAR = TopologyConfig(name="star")
 RING = TopologyConfig(name="ring")
@@ -287,6 +294,136 @@ def test_a_step_reports_its_round_once():
     assert set(last["shares"]) == set(last["distances"]) == {"1", "2"} and last["mixed"] == 1
     assert last["distances"]["1"] > 0 and reports[1]["distances"]["1"] == 0
     assert last["neighbourhood_distance"] > 0 and last["bytes_sent"] > 0 and last["lost"] == 0
+
+
+def distances_to_mean(config, n, *, steps=24, lag=0):
+    """Return what n replicas estimated before each round, and the truth then: [rounds, n] each."""
+
+    def body(comm):
+        replica, rows = Replica(comm, config), []
+        for t in range(steps):
+            mass, before = replica.strategy.mass, replica.z()
+            half = before + replica.step(t) / mass
+            rows.append((half, replica.strategy.take_report().get("distance_to_mean")))
+        return rows
+
+    answers = SimWorld(n).run(body)
+    half = torch.stack([torch.stack([z for z, _ in rows]) for rows in answers], 1)
+    told = torch.tensor([[row[1] for row in rows[lag:]] for rows in answers], dtype=torch.float64).T
+    return told[6:], (half - half.mean(1, keepdim=True)).norm(dim=2)[: steps - lag][6:]
+
+
+@pytest.mark.parametrize("name", ["full", "one_peer_exponential", "ring"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_distance_to_the_mean_is_estimated(name, overlap):
+    """Exact over all replicas where all hear from all; too low where neighbours are alike."""
+    config = PushSumConfig(topology=TopologyConfig(name=name), overlap=overlap)
+    told, true = distances_to_mean(config, 8, lag=int(overlap))
+    ratio = (told.square().mean().sqrt() / true.square().mean().sqrt()).item()
+    if name == "full":
+        torch.testing.assert_close(told.square().mean(1), true.square().mean(1), rtol=1e-9, atol=0)
+    assert ratio < 0.7 if name == "ring" else ratio == pytest.approx(1.0, abs=0.08)
+
+
+def test_buffers_that_are_mixed_are_no_part_of_the_distance_to_the_mean():
+    def body(comm):
+        replica = Replica(comm, PushSumConfig(buffers="mix", topology=RING), model=with_buffers())
+        for param in replica.model.parameters():
+            param.data.fill_(0.5)
+        replica.model[1].running_mean.fill_(float(comm.rank))
+        replica.step(0, learn=False)
+        return replica.strategy.take_report()["distance_to_mean"]
+
+    assert SimWorld(3).run(body) == [0.0] * 3
+
+
+def test_the_distance_to_the_mean_is_of_debiased_parameters():
+    """Masses of a star differ by far; replicas that agree are at distance 0 all the same."""
+    config = PushSumConfig(topology=STAR)
+
+    def body(comm):
+        replica, told = Replica(comm, config), []
+        for param in replica.model.parameters():
+            param.data.fill_(0.5)
+        for t in range(3):
+            replica.step(t, learn=False)
+            told.append(replica.strategy.take_report()["distance_to_mean"])
+        return told, replica.strategy.mass
+
+    for told, mass in SimWorld(4).run(body):
+        assert told == pytest.approx([0.0] * 3, abs=1e-12) and abs(mass - 1) > 0.1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"on_send_failure": "running_sum"}, {"method": "gradient_tracking"}, {"comm_dtype": "bf16"}],
+)
+def test_the_distance_to_the_mean_does_not_depend_on_what_travels(config):
+    """Two replicas with nothing learnt yet: each is half their distance away."""
+
+    def body(comm):
+        replica = Replica(comm, PushSumConfig(topology=RING, **config))
+        replica.step(0, learn=False)
+        return replica.strategy.take_report()["distance_to_mean"]
+
+    want = (first_weights(0) - first_weights(1)).norm().item() / 2
+    assert SimWorld(2).run(body) == pytest.approx([want] * 2, rel=0.01)
+
+
+def test_a_replica_that_heard_from_nobody_estimates_nothing():
+    def body(comm):
+        faults = {"faults": lambda t, sender, receiver: "lost" if t == 1 else ""}
+        replica, told = Replica(comm, PushSumConfig(topology=RING), **faults), []
+        for t in range(3):
+            replica.step(t)
+            told.append("distance_to_mean" in replica.strategy.take_report())
+        return told
+
+    assert SimWorld(3).run(body) == [[True, False, True]] * 3
+
+
+@pytest.mark.parametrize("method", ["push", "gradient_tracking"])
+def test_clipping_acts_on_each_replicas_own_step(method, tmp_path):
+    """`optim.clip_norm` between the norms of two replicas: one is clipped, the other is not."""
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    changes = {
+        "model.shape": shape,
+        "data.source": "synthetic:lognormal,documents=60,mean=40",
+        "data.pack_tokens": 32,
+        "strategy": {"name": "push_sum", "method": method},
+        "optim.schedule.warmup_steps": 0,
+        "train.steps": 1,
+        "train.batch_packs": 4,
+        "train.device": "cpu",
+    }
+    config = from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
+    corpus = prepare(config.data, cache_dir=tmp_path)
+
+    def norms(clip_norm):
+        """Return for each replica the norm of what it steps along, before and after clipping."""
+        made = from_dict(TrainConfig, override(to_dict(config), {"optim.clip_norm": clip_norm}))
+
+        def body(comm):
+            assembly = assemble(made, comm, corpus=corpus, hardware=choose_hardware("cpu", "fp32"))
+            worker, seen = assembly.worker, []
+
+            def note(*_):
+                seen.append(grad_norm(worker.model.parameters()).item())
+
+            reduce = worker.strategy.reduce_gradients
+            worker.strategy.reduce_gradients = lambda: (reduce(), note())
+            worker.optimizer.register_step_pre_hook(note)
+            run = {"save": note, "record": lambda _: None, "stop": lambda: False}
+            run_loop(worker, assembly.plan, Progress(), **run)
+            return seen[:2]
+
+        return SimWorld(2).run(body)
+
+    (first, _), (second, _) = norms(None)
+    clip_norm = (first + second) / 2
+    assert abs(first - second) > 1e-3 * clip_norm
+    for (before, after), unclipped in zip(norms(clip_norm), (first, second), strict=True):
+        assert before == unclipped and after == pytest.approx(min(before, clip_norm), rel=1e-5)
 
 
 def test_the_average_of_all_can_be_looked_at():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hardy.distributed.aggregation import aggregate, build_aggregator
+from hardy.distributed.aggregation.columns import Rows
 from hardy.distributed.groups import split
 from hardy.distributed.robust.combine import Combiner
 from hardy.distributed.robust.exchange import Exchange, dot
@@ -17,12 +18,13 @@ def row(number):
     return torch.randn(SIZE, generator=torch.Generator().manual_seed(number)) + 0.5
 
 
-def exchanged(grid, rule, *, f, form="slices", trusted=None, **further):
+def exchanged(grid, rule, *, f, form="slices", trusted=None, arguments=None, **further):
     """Return what a replica's part of the gradient becomes; shards hold uneven parts of it."""
     cuts = [0, 30, SIZE] if grid.inner.size == 2 else [0, SIZE]
     part = slice(cuts[grid.inner.rank], cuts[grid.inner.rank + 1])
     sent = [row(grid.replica)[part]]
-    combine = Combiner(build_aggregator(rule, num_faulty=f), num_workers=grid.outer.size)
+    aggregator = build_aggregator(rule, num_faulty=f, arguments=arguments)
+    combine = Combiner(aggregator, num_workers=grid.outer.size)
     exchange = Exchange(combine, like=sent, inner=grid.inner, outer=grid.outer, form=form, **further)
     into = [torch.zeros_like(sent[0])]
     given = None if trusted is None else Trusted([trusted[part]], "median")
@@ -39,6 +41,34 @@ def test_sharded_replicas_get_their_parts_of_the_dense_result(rule, form, shards
     expected = aggregate(torch.stack([row(i) for i in range(5)]), rule, num_faulty=1)
     for part, found in SimWorld(5 * shards).run(body):
         torch.testing.assert_close(found, expected[part])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_drawn_columns_are_those_of_all_shards(shards, monkeypatch):
+    """Each worker draws from its own part of the columns of all: together they have as many as were asked."""
+    seen = []
+    drawn = Rows.drawn
+
+    def noted(rows, *given, **named):
+        result = drawn(rows, *given, **named)
+        firsts = rows.first_columns
+        seen.append((firsts[0], rows.blocks[0].shape[1], result.blocks[0].shape[1]))
+        return result
+
+    monkeypatch.setattr(Rows, "drawn", noted)
+
+    def body(comm):
+        arguments = {"columns": 12, "rounds": 1}
+        return exchanged(split(comm, replicas=5, shards=shards), "dnc", f=1, arguments=arguments)
+
+    found = SimWorld(5 * shards).run(body)
+    assert sum(count for _, _, count in seen) == 12
+    columns = sorted(column for first, width, _ in seen for column in range(first, first + width))
+    assert columns == list(range(40))  # with what is padded
+    whole = torch.cat([part for _, part in found[:shards]])
+    rows = torch.stack([row(i) for i in range(5)])
+    means = [rows[[j for j in range(5) if j != i]].mean(0) for i in range(5)]
+    assert min((whole - mean).abs().max() for mean in means) < 1e-6
 
 
 @pytest.mark.parametrize("form", ["slices", "scalars"])

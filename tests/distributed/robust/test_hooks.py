@@ -1,5 +1,7 @@
 """Ranks as workers: what is refused before any step. On real ranks: tests/mp/test_robust.py."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from hardy.distributed.aggregation import build_aggregator
 from hardy.distributed.comm import Alone
 from hardy.distributed.robust.combine import Combiner
 from hardy.distributed.robust.hooks import RobustRanks, _check_views
+from hardy.distributed.simulation import SimWorld
 
 
 def test_a_model_that_nobody_shares_is_refused():
@@ -25,3 +28,25 @@ def test_gradients_that_are_copies_are_named():
     model.bias.grad = output[6:].clone()
     with pytest.raises(ConfigError, match="the gradient of bias is a copy .*strategy.worker='replica'"):
         _check_views(model, [output])
+
+
+def test_ranks_that_draw_columns_draw_from_those_of_all():
+    """Two buckets, cut into a slice for each of three ranks, decided on as the whole stack is."""
+    X = torch.randn(3, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    buckets = X.split([24, 36], dim=1)
+
+    def aggregator():
+        return build_aggregator("dnc", num_faulty=1, arguments={"columns": 4, "rounds": 1})
+
+    def body(comm):
+        combine = Combiner(aggregator(), num_workers=3)
+        ranks = SimpleNamespace(_comm=comm, _combine=combine, _step=step, _is_found=True)
+        return RobustRanks.combine(ranks, [bucket.chunk(3, dim=1)[comm.rank] for bucket in buckets])
+
+    seen = set()
+    for step in range(6):
+        slices = SimWorld(3).run(body)
+        got = torch.cat([torch.cat([part[i] for part in slices]) for i in range(2)])
+        torch.testing.assert_close(got, aggregator()([X], step=step).vectors[0])
+        seen.add(tuple(got.tolist()))
+    assert len(seen) > 1

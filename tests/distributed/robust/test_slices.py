@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hardy.distributed.comm import Alone
-from hardy.distributed.robust.slices import Slices
+from hardy.distributed.robust.slices import Slices, first_columns
 from hardy.distributed.simulation import SimWorld
 
 SHAPES = [(3, 5), (), (7,), (2, 1, 3)]
@@ -76,3 +76,8 @@ def test_empty_tensors_and_a_worker_alone():
     slices = Slices(empty, Alone())
     assert [block.shape for block in slices.trade(empty)] == [(1, 0)]
     slices.put_together(slices.own(empty), into=empty)
+
+
+def test_places_of_slices_are_counted_over_all_workers():
+    places = SimWorld(3).run(lambda comm: first_columns([4, 1], comm))
+    assert places == [[0, 12], [4, 13], [8, 14]]

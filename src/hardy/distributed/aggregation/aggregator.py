@@ -18,6 +18,7 @@ from hardy.distributed.aggregation.call import (
     Call,
     Outcome,
     checked_blocks,
+    checked_first_columns,
     checked_own_row,
     checked_references,
     checked_sample_weights,
@@ -99,7 +100,7 @@ class Aggregator:
     @property
     def needs_gram(self) -> bool:
         """Whether the Gram matrix is formed."""
-        return self.rule.needs_gram or any(step.needs_gram for step in self.pre)
+        return self.rule.forms_gram or any(step.needs_gram for step in self.pre)
 
     @property
     def is_coordinate(self) -> bool:
@@ -142,6 +143,7 @@ class Aggregator:
         workers: Sequence[int] | None = None,
         step: int = 0,
         total: Total = identity,
+        first_columns: Sequence[int] | None = None,
     ) -> Outcome:
         """Return the vector of the rows.
 
@@ -153,6 +155,8 @@ class Aggregator:
             workers: who sent the rows, for rules that remember senders; none is 0 to N - 1.
             step: number of the step, on which draws depend.
             total: adds over the workers that hold the other columns.
+            first_columns: where each block begins among the columns of all workers, for rules that draw some;
+                none counts from 0 over the blocks.
 
         Raises:
             ConfigError: too few rows for f.
@@ -174,6 +178,7 @@ class Aggregator:
                 workers=checked_workers(workers, num_rows),
                 step=step,
                 total=total,
+                first_columns=checked_first_columns(blocks, first_columns),
             )
             return self._aggregate(call)
 
@@ -288,6 +293,7 @@ class Aggregator:
             gram=matrix,
             own_row=rows.index(call.own_row) if call.own_row in rows else None,
             step=call.step,
+            seed=self.seed,
             workers=tuple(call.workers[row] for row in rows),
             rows=in_use,
         )

@@ -42,6 +42,7 @@ class Call:
     references: list[Tensor] | None = None
     own_row: int | None = None
     total: Total = identity
+    first_columns: Sequence[int] | None = None
 
     def good_rows(self) -> Tensor:
         """Return which rows are finite, by their numbers alone: bool [N]."""
@@ -55,7 +56,13 @@ class Call:
         """Return some rows, where they are here."""
         if self.blocks is None:
             return None
-        return Rows(blocks=self.blocks, places=places, total=self.total, references=self.references)
+        return Rows(
+            blocks=self.blocks,
+            places=places,
+            total=self.total,
+            references=self.references,
+            first_columns=self.first_columns,
+        )
 
     def trusted_vectors(self) -> list[Tensor] | None:
         """Return copies of the trusted gradient as vectors of the blocks, where they are here."""
@@ -77,6 +84,15 @@ def checked_blocks(blocks: Sequence[Tensor]) -> list[Tensor]:
     if blocks[0].shape[0] == 0:
         raise ValueError(f"blocks have no rows, got shapes {shapes}; leave the step out")
     return [block.detach() for block in blocks]
+
+
+def checked_first_columns(
+    blocks: Sequence[Tensor], first_columns: Sequence[int] | None
+) -> tuple[int, ...] | None:
+    """Return where each block begins; refuse another number of places than blocks."""
+    if first_columns is not None and len(first_columns) != len(blocks):
+        raise ValueError(f"first_columns={first_columns} must be one number for each of {len(blocks)} blocks")
+    return None if first_columns is None else tuple(first_columns)
 
 
 def checked_references(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hardy.distributed.aggregation.stack import Loader, Total, chunks, square_rows, working_dtype
+from hardy.rng import numpy_generator_for
 
 Reduce = Callable[[Tensor], Tensor]
 """[n, c] -> [c]; may overwrite what it is given."""
@@ -26,6 +27,8 @@ class Rows:
     total: Total
     references: Sequence[Tensor] | None = None
     """The trusted gradient, [d] per block."""
+    first_columns: Sequence[int] | None = None
+    """Where each block begins among the columns of all workers; none counts from 0 over the blocks."""
 
     def reduced(self, mix_nR: Tensor | None, reduce: Reduce) -> list[Tensor]:
         """Return for each block the vector that `reduce` makes of mixtures."""
@@ -61,6 +64,33 @@ class Rows:
 
         return self._summed(len(self.places), None, difference)
 
+    def drawn(self, count: int, *, seed: int, purpose: Sequence[str | int]) -> "Rows":
+        """Return copies of the rows with `count` columns drawn from those of all workers, or with all.
+
+        Which depends on the seed, the purpose and the number of columns, not on who holds them.
+
+        Raises:
+            ValueError: other workers hold columns, and nobody said where these begin.
+        """
+        widths = [block.shape[1] for block in self.blocks]
+        own = torch.tensor(float(sum(widths)), dtype=torch.float64, device=self.blocks[0].device)
+        num_columns = int(self.total(own))
+        firsts = self.first_columns
+        if firsts is None:
+            if num_columns != sum(widths):
+                raise ValueError(
+                    f"{sum(widths)} of {num_columns} columns are here; to draw some give first_columns: "
+                    f"where each block begins among those of all workers"
+                )
+            firsts = [sum(widths[:number]) for number in range(len(widths))]
+        drawn = drawn_columns(num_columns, count, seed=seed, purpose=purpose)
+        rows = torch.tensor(list(self.places))
+        blocks: list[Tensor] = []
+        for block, first in zip(self.blocks, firsts, strict=True):
+            here = drawn[(drawn >= first) & (drawn < first + block.shape[1])] - first
+            blocks.append(block[rows.to(block.device)[:, None], here.to(block.device)])
+        return Rows(blocks=blocks, places=range(len(self.places)), total=self.total)
+
     def _summed(
         self, size: int, mix_nR: Tensor | None, measure: Callable[[int, slice, Tensor], Tensor]
     ) -> Tensor:
@@ -92,6 +122,21 @@ class Rows:
                     if weight != 0:
                         target_c.add_(x_c, alpha=weight)
             yield where, mixed_nc
+
+
+def drawn_columns(num_columns: int, count: int, *, seed: int, purpose: Sequence[str | int]) -> Tensor:
+    """Return the numbers of `count` different columns, or of all where there are no more, in order.
+
+    Example:
+        >>> drawn_columns(10**12, 3, seed=0, purpose=["docs"]).shape
+        torch.Size([3])
+        >>> drawn_columns(2, 3, seed=0, purpose=["docs"])
+        tensor([0, 1])
+    """
+    if count >= num_columns:
+        return torch.arange(num_columns)
+    generator = numpy_generator_for(seed, *purpose)
+    return torch.from_numpy(generator.choice(num_columns, count, replace=False, shuffle=False)).sort().values
 
 
 def _picked(mix_nR: Tensor) -> list[int] | None:

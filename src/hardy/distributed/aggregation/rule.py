@@ -46,6 +46,11 @@ class Rule:
     uses_sample_weights: ClassVar[bool] = False
     """Whether rows may count by their tokens; else all that are kept count alike."""
 
+    @property
+    def forms_gram(self) -> bool:
+        """Whether it needs them of all columns, with these settings."""
+        return self.needs_gram
+
     def least_rows(self, num_faulty: int) -> int:
         """Return the smallest number of rows among which `num_faulty` may be anything."""
         return 2 * num_faulty + 1

@@ -6,7 +6,7 @@ V. Shejwalkar, A. Houmansadr, "Manipulating the Byzantine", NDSS 2021 (DnC); A. 
 Byzantine SGD", 2020.
 Letters: n rows, f faulty, K Gram matrix of centred rows, a top eigenvector, c trust left.
 
-Differs from the papers: DnC takes the exact top direction of all coordinates, once.
+Differs from the papers: DnC takes the exact top direction, by default of all coordinates at once.
 """
 
 import itertools
@@ -128,14 +128,26 @@ class DivideAndConquer(WeightRule):
 
     Args:
         factor: floor(factor * f) rows are dropped.
+        columns: coordinates that are looked at, drawn anew at each step (the paper: 10,000); none means all.
+        rounds: times that they are drawn; of the rows those count that are kept in every round, or where no
+            row is, those kept most often. Without effect where all columns are looked at.
     """
 
     name: ClassVar[str] = "dnc"
     needs_gram: ClassVar[bool] = True
     factor: float = 1.0
+    columns: int | None = None
+    rounds: int = 5
 
     def __post_init__(self) -> None:
         self._check(0 < self.factor < math.inf, "factor", "above 0 and finite")
+        self._check(self.columns is None or self.columns >= 1, "columns", "at least 1, or none")
+        self._check(self.rounds >= 1, "rounds", "at least 1")
+
+    @property
+    def forms_gram(self) -> bool:
+        """Return False where it looks at few columns."""
+        return self.columns is None
 
     def least_rows(self, num_faulty: int) -> int:
         """Return 2f + 1, and more rows than are dropped."""
@@ -143,13 +155,22 @@ class DivideAndConquer(WeightRule):
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""
+        if self.columns is None:
+            return Weighing(weights_n=average_of(self._kept(view, num_faulty), view.num_rows))
+        times_n = torch.zeros(view.num_rows)
+        for round_ in range(self.rounds):
+            times_n[self._kept(view.drawn(self.columns, "dnc", round_), num_faulty)] += 1
+        kept = (times_n == times_n.max()).nonzero()[:, 0]
+        return Weighing(weights_n=average_of(kept, view.num_rows))
+
+    def _kept(self, view: View, num_faulty: int) -> Tensor:
+        """Return the rows that stick out least."""
         K_nn = view.centred_nn()
         K_nn = K_nn - K_nn.mean(0, keepdim=True)
         values_n, vectors_nn = torch.linalg.eigh(K_nn - K_nn.mean(1, keepdim=True))
         # Its squared projections are the eigenvalue times these.
         shares_n = vectors_nn[:, -1].square() if values_n[-1] > 0 else torch.zeros_like(values_n)
-        kept = smallest(shares_n, view.num_rows - math.floor(self.factor * num_faulty))
-        return Weighing(weights_n=average_of(kept, view.num_rows))
+        return smallest(shares_n, view.num_rows - math.floor(self.factor * num_faulty))
 
 
 @dataclass(frozen=True, kw_only=True)

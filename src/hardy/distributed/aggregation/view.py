@@ -20,6 +20,7 @@ from hardy.distributed.aggregation.stack import (
     Total,
     chunks,
     products,
+    row_numbers,
     working_dtype,
 )
 
@@ -132,6 +133,8 @@ class View:
     own_row: int | None = None
     """Place of the worker's own row."""
     step: int = 0
+    seed: int = 0
+    """Of what is drawn."""
     workers: tuple[int, ...] = ()
     """Who sent the rows in use."""
     rows: Rows | None = None
@@ -162,6 +165,13 @@ class View:
         C_nm = C_nm - C_nm[lower_median_place(self.squares_n)]
         K_nn = C_nm @ self.gram.basis_mm @ C_nm.T
         return (K_nn + K_nn.T) / 2
+
+    def drawn(self, count: int, *purpose: str | int) -> "View":
+        """Return the view whose Gram matrix is of `count` columns only, drawn by the seed and the step."""
+        assert self.rows is not None, "a rule that is not self-reported is given the rows"
+        rows = self.rows.drawn(count, seed=self.seed, purpose=[*purpose, self.step])
+        squares_R = row_numbers(rows.blocks, None, rows.total).squares_N
+        return replace(self, gram=gram(rows.blocks, rows.places, squares_R, rows.total))
 
     def distances_nn(self) -> Tensor:
         """Return D2, exactly symmetric, 0 on the diagonal."""

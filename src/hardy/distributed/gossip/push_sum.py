@@ -30,6 +30,7 @@ from hardy.distributed.gossip.config import PushSumConfig
 from hardy.distributed.gossip.distances import Distances
 from hardy.distributed.gossip.exchange import REFUSED, Exchange, Faults, Gain, Sent
 from hardy.distributed.gossip.message import run_id
+from hardy.distributed.gossip.spread import distance_to_mean, squares_to
 from hardy.distributed.gossip.topology import Topology
 from hardy.distributed.gossip.vectors import Vectors, all_finite
 from hardy.distributed.gossip.weights import self_share
@@ -143,9 +144,11 @@ class PushSum(Strategy):
         if self.config.overlap and self.round > 0 and self.outer.size > 1:
             x = self._numerators_of(self.vectors.read_all())
             gains = self._arrivals(self.round - 1, None)
+            apart = self._distance_to_mean(self.round - 1, gains)
             for round_ in (self.round - 2, self.round - 1):
                 gains += self._settle(round_)
             self._show(self._combined(x, {}, gains))
+            self._report |= apart
         self.settled = self.round
         self._finish_posts(keep_last=0)
 
@@ -289,6 +292,7 @@ class PushSum(Strategy):
         self.sent.append(sent)
         delay = int(self.config.overlap)
         gains = self._arrivals(self.round - delay, sketch_m)
+        apart = self._distance_to_mean(self.round - delay, gains)
         gains += self._settle(self.round - 2 * delay)
         # Without overlap all but the receipts were taken, as the receivers have answered. With it, receivers
         # may not have come to what was posted in this round and the one before.
@@ -296,8 +300,26 @@ class PushSum(Strategy):
         self._finish_posts(keep_last=now - self._posts[0] if delay else receipts)
         self._posts = (self._posts[1], now)
         x = self._combined(half, sent.shares, gains)
+        self._report |= apart
         self.round += 1
         return x
+
+    def _distance_to_mean(self, round_: int, gains: Sequence[Gain]) -> dict[str, float]:
+        """Return for the report how far this replica was from the mean of all in the round of these gains.
+
+        Empty where it heard from nobody or has no copy of what it was then.
+        """
+        then = next((entry for entry in self.sent if entry.round == round_), None)
+        own = then.vectors[: self.vectors.parameter_sets] if then is not None else []
+        heard = [gain for gain in gains if gain.mass > 0]
+        if then is None or not own or not heard:
+            return {}
+        squares = squares_to(own, then.mass, heard)
+        if self.inner.size > 1:
+            squares = self.inner.sum(squares)
+        if not bool(squares.isfinite().all()):
+            return {}
+        return {"distance_to_mean": distance_to_mean(squares.tolist(), num_replicas=self.outer.size)}
 
     def _finish_posts(self, *, keep_last: int) -> None:
         """Free what posts need; those to replicas that died are forgotten."""

@@ -85,7 +85,9 @@ class Combiner:
                 references=references,
                 step=step,
                 total=total,
-                rule=partial(self._tried, references=references, step=step, total=total),
+                rule=partial(
+                    self._tried, references=references, step=step, total=total, first_columns=first_columns
+                ),
                 first_columns=first_columns,
             )
         outcome = self.aggregator(
@@ -95,6 +97,7 @@ class Combiner:
             workers=workers,
             step=step,
             total=total,
+            first_columns=first_columns,
         )
         self._note(outcome, workers)
         return outcome.vectors
@@ -116,13 +119,11 @@ class Combiner:
         self._note(outcome, workers)
         return outcome
 
-    def _tried(
-        self, blocks: Sequence[Tensor], *, references: Sequence[Tensor] | None, step: int, total: Total
-    ) -> list[Tensor] | None:
+    def _tried(self, blocks: Sequence[Tensor], **given: Any) -> list[Tensor] | None:
         """Return what the rule would make of blocks, as if it had not been asked."""
         state = copy.deepcopy(self.aggregator.state_dict())
         try:
-            return self.aggregator(blocks, references=references, step=step, total=total).vectors
+            return self.aggregator(blocks, **given).vectors
         finally:
             self.aggregator.load_state_dict(state)
 

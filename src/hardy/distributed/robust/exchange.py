@@ -45,6 +45,12 @@ class Exchange:
         sample_weights: Tensor | None = None,
     ) -> None:
         self.slices = Slices(like, outer)
+        before = 0
+        if inner.size > 1 and form == "slices":  # the other shards of a replica hold columns too
+            own = torch.tensor(self.slices.num_columns, device=like[0].device if like else None)
+            counts = inner.all_gather(own)
+            before = int(counts[: inner.rank].sum())
+        self._first_columns = [before + first for first in self.slices.first_columns]
         self._combine, self._inner, self._outer = combine, inner, outer
         self._sample_weights = sample_weights
         self._form, self._workers = form, tuple(range(outer.size)) if workers is None else tuple(workers)
@@ -80,7 +86,7 @@ class Exchange:
             step=step,
             total=self.total,
             references=references,
-            first_columns=self.slices.first_columns,
+            first_columns=self._first_columns,
             workers=self._workers,
             sample_weights=self._sample_weights,
         )

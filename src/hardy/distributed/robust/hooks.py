@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hardy.config import ConfigError
 from hardy.distributed.comm import Communicator
 from hardy.distributed.robust.combine import NOTHING_LEFT, Combiner, middle_loss
+from hardy.distributed.robust.slices import first_columns
 from hardy.distributed.sharded import local_part
 from hardy.distributed.strategy import Strategy
 
@@ -115,7 +116,12 @@ class RobustRanks(Strategy):
 
     def combine(self, blocks: Sequence[Tensor]) -> list[Tensor]:
         """Return what the rule makes of blocks; zeros where it finds nothing, and the step is left out."""
-        found = self._combine(blocks, step=self._step, total=self._comm.sum)
+        found = self._combine(
+            blocks,
+            step=self._step,
+            total=self._comm.sum,
+            first_columns=first_columns([block.shape[1] for block in blocks], self._comm),
+        )
         if found is None:
             self._is_found = False
             return [torch.zeros_like(block[0]) for block in blocks]

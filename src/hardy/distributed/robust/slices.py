@@ -34,10 +34,10 @@ class Slices:
         self._comm = comm
         sizes = [sum(like[i].numel() for i in bucket) for bucket in self._buckets]
         widths = [-(-size // comm.size) for size in sizes]
-        self.first_columns = [
-            sum(widths[:i]) * comm.size + comm.rank * width for i, width in enumerate(widths)
-        ]
+        self.first_columns = first_columns(widths, comm)
         """Where this worker's slice of each bucket begins, among the columns of all."""
+        self.num_columns = sum(widths) * comm.size
+        """Of all workers, with what is padded."""
 
     def trade(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return this worker's slice of everyone's tensors: one block [N, d] per bucket."""
@@ -62,6 +62,16 @@ class Slices:
         flat = torch.cat([tensors[i].detach().reshape(-1) for i in bucket])
         padding = -flat.numel() % self._comm.size
         return torch.nn.functional.pad(flat, (0, padding)).view(self._comm.size, -1)
+
+
+def first_columns(widths: Sequence[int], comm: Communicator) -> list[int]:
+    """Return where this worker's slices begin among the columns of all, who have slices as wide.
+
+    Args:
+        widths: columns of each slice.
+        comm: the workers, by the order of whose ranks a tensor is cut.
+    """
+    return [sum(widths[:i]) * comm.size + comm.rank * width for i, width in enumerate(widths)]
 
 
 def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
