@@ -137,6 +137,7 @@ def test_what_was_lost_is_what_held_before(toys):
 SLOW = """
 import signal, sys
 from hardy.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without one
 sys.exit(main(sys.argv[1:]))
 """
 
