@@ -7,7 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PROCESSES := tests/mp tests/cli tests/contracts/test_communicators.py
-WAITING := tests/mp/test_local_elastic.py
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 .PHONY: help demo test lint check golden bench figures reproduce smoke clean
@@ -26,11 +25,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a small model on this machine's Python sources, let it write (minutes on two cores)
 	$(BIN)/hardy train demo
 
-test: $(READY) ## all tests, with the slowest named; those that start processes come last, those that mostly wait beside them
+test: $(READY) ## all tests, with the slowest named; those that start processes and measure time come alone
 	$(PYTEST) --durations=10 -n auto --maxprocesses 8 -m "not mp"
-	$(PYTEST) --durations=10 $(WAITING) > $(VENV)/waiting.log 2>&1 & waiting=$$!; \
-	$(PYTEST) --durations=10 -m mp $(PROCESSES) --ignore $(WAITING); rest=$$?; \
-	wait $$waiting; waiting=$$?; cat $(VENV)/waiting.log; exit $$((rest + waiting))
+	$(PYTEST) --durations=10 -m mp $(PROCESSES)
 
 lint: $(READY) ## format, style, types, directions of imports
 	$(BIN)/ruff format --check .
