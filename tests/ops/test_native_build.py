@@ -184,10 +184,10 @@ def test_two_processes_may_compile_at_once(source, tmp_path):
 def fresh_library():
     """Forget the library before and after; other tests load it anew from the user's cache."""
     before = native_build._Settings.cache_dir
-    native_build.library.cache_clear()
+    native_build.loaded_library.cache_clear()
     yield
     native_build._Settings.cache_dir = before
-    native_build.library.cache_clear()
+    native_build.loaded_library.cache_clear()
 
 
 def test_a_failure_is_a_warning_once_and_no_library(fresh_library, compiler, tmp_path, monkeypatch, caplog):
@@ -195,7 +195,7 @@ def test_a_failure_is_a_warning_once_and_no_library(fresh_library, compiler, tmp
     monkeypatch.setattr(shutil, "which", lambda _: broken)
     native_build.use_cache_dir(tmp_path)
     with caplog.at_level(logging.WARNING, logger="hardy.ops.native_build"):
-        assert [native_build.library() for _ in range(3)] == [None] * 3
+        assert [native_build.loaded_library() for _ in range(3)] == [None] * 3
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "work on the CPU is left to torch operations, which are slower" in record.getMessage()
@@ -206,9 +206,9 @@ def test_a_failure_is_a_warning_once_and_no_library(fresh_library, compiler, tmp
 def test_the_cache_folder_can_be_chosen(fresh_library, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(native_build, "load_library", lambda sources, *, cache_dir: seen.append(cache_dir))
-    native_build.library()
+    native_build.loaded_library()
     native_build.use_cache_dir(tmp_path)
-    native_build.library()
+    native_build.loaded_library()
     assert seen == [Path("~/.cache/hardy").expanduser(), tmp_path]
 
 
@@ -219,7 +219,7 @@ def test_a_user_without_a_home_has_no_cache(fresh_library, monkeypatch):
     seen = []
     monkeypatch.setattr(Path, "expanduser", homeless)
     monkeypatch.setattr(native_build, "load_library", lambda sources, *, cache_dir: seen.append(cache_dir))
-    native_build.library()
+    native_build.loaded_library()
     assert seen == [None]
 
 

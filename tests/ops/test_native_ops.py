@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import library as torch_library
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -146,7 +147,7 @@ def test_what_is_written_is_what_the_schema_says(sweep, monkeypatch):
     monkeypatch.setitem(operators, sweep, lambda *args: seen.append(args))
     getattr(updates_native, sweep)([tasks()[sweep]])
     monkeypatch.undo()
-    result = torch.library.opcheck(
+    result = torch_library.opcheck(
         operators[sweep], seen[0], test_utils=("test_schema", "test_faketensor"), raise_exception=True
     )
     assert set(result.values()) == {"SUCCESS"}

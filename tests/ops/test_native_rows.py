@@ -78,7 +78,7 @@ def test_what_it_cannot_walk_over():
 def test_without_a_compiler_it_says_so(monkeypatch):
     from hardy.ops import native_rows
 
-    monkeypatch.setattr(native_build, "library", lambda: None)
+    monkeypatch.setattr(native_build, "loaded_library", lambda: None)
     native_rows._functions.cache_clear()
     try:
         assert not can_walk(torch.zeros(2, 6))

@@ -449,6 +449,6 @@ def test_it_is_the_back_end_of_cpu_tensors():
 
 
 def test_without_a_compiler_it_is_not_available(monkeypatch):
-    monkeypatch.setattr(native_build, "library", lambda: None)
+    monkeypatch.setattr(native_build, "loaded_library", lambda: None)
     monkeypatch.setattr(native_ops, "functions", native_ops.functions.__wrapped__)
     assert not updates_native.available()

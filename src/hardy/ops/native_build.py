@@ -59,11 +59,11 @@ class _Settings:
 def use_cache_dir(folder: Path) -> None:
     """Keep the compiled library in `folder` rather than ~/.cache/hardy; to be said before the first use."""
     _Settings.cache_dir = folder
-    library.cache_clear()
+    loaded_library.cache_clear()
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def loaded_library() -> ctypes.CDLL | None:
     """Return the library of native.cpp; None, after a warning, where it cannot be had.
 
     The first call on a machine compiles, which takes a core about 5 seconds.
@@ -95,7 +95,7 @@ def use_openmp_threads(*, wanted: bool) -> bool:
     Returns:
         Whether torch's threads are used: not where there is no such library.
     """
-    loaded = library()
+    loaded = loaded_library()
     return loaded is not None and bool(loaded.native_use_openmp(int(wanted)))
 
 

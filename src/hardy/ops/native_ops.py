@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as torch_library
 from torch.autograd.graph import increment_version
 
 from hardy.ops import native_build
@@ -24,7 +25,7 @@ ONE_PASS_RANK = 8
 """Below this rank a sketch is made in one pass of our own; from here on by matrix products."""
 COPY_BYTES = 16 << 20
 """Of a bf16 gradient as fp32: what is converted and multiplied at a time."""
-LIBRARY: Any = torch.library.Library("hardy", "FRAGMENT")
+LIBRARY: Any = torch_library.Library("hardy", "FRAGMENT")
 """Keeps the operators alive."""
 _WRITTEN = "Tensor(a!)[] params, Tensor[] grads"
 _ROUNDED = "Tensor[] steps, Tensor(z!)[] rests, int[] numbers"
@@ -43,7 +44,7 @@ _SCHEMAS = {
 @functools.cache
 def functions() -> dict[str, Callable[..., int]] | None:
     """Return the C++ functions by name: those of WORDS and fill; None where they cannot be compiled."""
-    library = native_build.library()
+    library = native_build.loaded_library()
     if library is None:
         return None
     sizes = (ctypes.c_int64 * len(WORDS))()
@@ -63,14 +64,22 @@ def operators() -> dict[str, Callable[..., None]]:
     """Register the operators and return them by name: those of WORDS and fill."""
     kernels: dict[str, Callable[..., None]] = {"sketch": _sketch, "moments": _moments, "scale": _scale}
     kernels |= {"sweep": _sweep, "adam": _adam, "fill": _fill}
-    registered: dict[str, Callable[..., None]] = {}
-    library: Any = torch.library  # its functions have no types
-    for name, kernel in kernels.items():
-        LIBRARY.define(f"native_{name}({_SCHEMAS[name]}) -> ()")
-        LIBRARY.impl(f"native_{name}", kernel, "CPU")
-        library.register_fake(f"hardy::native_{name}", _nothing, lib=LIBRARY)
-        registered[name] = getattr(torch.ops.hardy, f"native_{name}").default
-    return registered
+    return {name: register(name, _SCHEMAS[name], kernel) for name, kernel in kernels.items()}
+
+
+def register(name: str, schema: str, kernel: Callable[..., None]) -> Callable[..., None]:
+    """Make an operator `hardy::native_NAME` of a CPU kernel, so that whatever watches operators sees it.
+
+    Args:
+        name: of the operator, once in a process.
+        schema: its arguments; those it writes are marked. It returns nothing.
+        kernel: what it calls.
+    """
+    library: Any = torch_library  # its functions have no types
+    LIBRARY.define(f"native_{name}({schema}) -> ()")
+    LIBRARY.impl(f"native_{name}", kernel, "CPU")
+    library.register_fake(f"hardy::native_{name}", _nothing, lib=LIBRARY)
+    return getattr(torch.ops.hardy, f"native_{name}").default
 
 
 def _nothing(*_args: Any) -> None:
