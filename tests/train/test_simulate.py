@@ -59,6 +59,13 @@ def test_the_loss_falls_and_the_curve_says_how(play):
     assert curve[0].train_loss is None and curve[-1].train_loss < curve[1].train_loss
 
 
+def test_momenta_of_workers_leave_the_optimizer_none_of_its_own(play):
+    table = {"name": "robust", "rule": "mean", "f": 0, "pre": [], "worker_momentum": 0.9}
+    twice, once = (play(table, task={"beta1": beta1}).validation_loss for beta1 in (0.9, 0.0))
+    own = play({"name": "synchronous"}, task={"beta1": 0.0}).validation_loss
+    assert len({twice, once, own}) == 3
+
+
 def test_one_worker_alone_learns_the_same_whatever_the_strategy(play):
     together, apart = (
         play(table, workers=1) for table in ({"name": "synchronous"}, {"name": "local_sgd", "every_steps": 4})
