@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hardy.ops import updates_eager, updates_native
+from hardy.ops import native_build, native_ops, updates_eager, updates_native
 from hardy.ops.updates import Place, Rounding, SweepTask
 
 pytestmark = pytest.mark.skipif(not updates_native.available(), reason="needs a C++ compiler")
@@ -257,8 +257,9 @@ def test_an_inactive_step_writes_nothing_but_zero_sums(dtype):
     assert task.sums.eq(0).all()
 
 
-def test_nan_and_infinity_stay_where_they_are():
-    task = make((20, 24), (24, 20))
+@pytest.mark.parametrize("max_update", [INF, 1.5])
+def test_nan_and_infinity_stay_where_they_are(max_update):
+    task = make((20, 24), (24, 20), max_update=max_update)
     task.grad[3, 5], task.grad[4, 6], task.grad[5, 7] = NAN, INF, -INF
     ours, eager = copied(task), copied(task)
     updates_native.sweep([ours])
@@ -289,3 +290,18 @@ def test_steps_are_clamped():
     before = task.param.clone()
     updates_native.sweep([task])
     assert math.isclose((task.param - before).abs().max(), 0.0025, rel_tol=1e-4)
+
+
+@pytest.mark.slow
+def test_processors_without_avx512_do_the_same(tmp_path, monkeypatch, nearly):
+    """There another source steps the elements."""
+    library = native_build.load_library(native_build.SOURCES, cache_dir=tmp_path, machine_flags=[()])
+    functions = native_ops.functions()
+    library.native_sweep.argtypes = functions["sweep"].argtypes
+    monkeypatch.setattr(native_ops, "functions", lambda: functions | {"sweep": library.native_sweep})
+    for packed in (True, False):
+        for shape, matrix in WHOLE:
+            check(make(shape, matrix, packed=packed), nearly)
+        for shape, base, stride, matrix in CUTS:
+            check(make(shape, matrix, base=base, stride=stride, packed=packed), nearly)
+    check(make((40, 96), (64, 60), l2=0.1, max_update=1.5, skip_zeros=False, momentum=False), nearly)

@@ -26,6 +26,9 @@ SOURCES = tuple(
         "native_apollo.hpp",
         "native_rows.hpp",
         "native_smmf.hpp",
+        "native_smmf_run.hpp",
+        "native_smmf_step.hpp",
+        "native_smmf_wide.hpp",
         "native_threads.hpp",
         "native_values.hpp",
     )
