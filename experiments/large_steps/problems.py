@@ -9,7 +9,8 @@ import torch
 
 from hardy.cli.main import main
 from hardy.cli.probe import vectors_of
-from hardy.cli.probe_layers import probe_layers, split_by_class
+from hardy.cli.probe_layers import probe_layers
+from hardy.cli.probe_split import split_by_group
 from hardy.cli.probe_tasks import built_in
 from hardy.cli.weights import load_run
 from hardy.data.pydocs import pydocs_source
@@ -105,7 +106,7 @@ def layer_accuracies(seed, *, is_smoke):
     some = [next(documents) for _ in range(20)] if is_smoke else list(documents)
     examples = built_in("docstring", num_examples=40 if is_smoke else 1000, seed=seed, documents=some)
     vectors, _ = vectors_of(model, tokenizer, examples.texts, pool="mean", most_tokens=256)
-    split = split_by_class(examples.labels, test_share=0.25, seed=seed)
+    split = split_by_group(examples.labels, examples.groups, test_share=0.25, seed=seed)
     scores = probe_layers(vectors, examples.labels, split, max_iter=1000)
     return {
         "layers": [score.layer for score in scores],

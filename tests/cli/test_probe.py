@@ -28,6 +28,7 @@ def test_a_run_is_probed_layer_by_layer(finished_run, labels, capsys, pool):
     found = asked(capsys, finished_run, "--labels", labels, "--pool", pool)
     assert [layer["layer"] for layer in found["layers"]] == ["embedding", "1"]
     assert (found["classes"], found["train_texts"], found["test_texts"]) == (2, 30, 10)
+    assert (found["train_groups"], found["test_groups"]) == (30, 10)
     assert found["majority_accuracy"] == 0.5
     for layer in found["layers"]:
         for one in (layer["ours"], layer["theirs"]):
@@ -42,13 +43,25 @@ def test_the_table_says_the_same(finished_run, labels, capsys):
     assert found["cut_texts"] > 0
     assert main(["probe", str(finished_run), "--labels", str(labels), "--tokens", "5"]) == 0
     text = capsys.readouterr().out
-    assert f"30 texts to train, 10 to test, 2 classes; {found['cut_texts']} texts were cut" in text
+    assert (
+        f"30 texts of 30 groups to train, 10 of 10 to test, 2 classes; {found['cut_texts']} texts were cut"
+        in text
+    )
     for layer in found["layers"]:
         row = next(line for line in text.splitlines() if line.startswith(layer["layer"]))
         assert row.split()[1] == f"{layer['ours']['accuracy']:.3f}"
         assert row.split()[4] == f"{layer['theirs']['accuracy']:.3f}"
     assert f"known best by layer: {found['best_layer']} (" in text
     assert "majority        0.500" in text
+
+
+def test_groups_stay_whole(finished_run, labels, tmp_path, capsys):
+    lines = [json.loads(line) for line in labels.read_text().splitlines()]
+    path = tmp_path / "grouped.jsonl"
+    path.write_text("\n".join(json.dumps(line | {"group": n % 4}) for n, line in enumerate(lines)))
+    found = asked(capsys, finished_run, "--labels", path)
+    assert (found["train_texts"], found["test_texts"]) == (30, 10)
+    assert (found["train_groups"], found["test_groups"]) == (3, 1)
 
 
 def test_an_exported_folder_is_probed_as_its_run(finished_run, labels, tmp_path, capsys):
@@ -83,7 +96,7 @@ def test_another_architecture_is_probed_through_transformers(labels, finished_ru
         (["RUN", "--task", "modul"], "there is no task 'modul'; did you mean 'module'"),
         (["RUN", "--labels", "nowhere.jsonl"], "--labels nowhere.jsonl cannot be read"),
         (["RUN", "--labels", "ONE"], "has 1 classes (digits); a probe needs at least two"),
-        (["RUN", "--labels", "RARE"], "class 'words' has one text"),
+        (["RUN", "--labels", "RARE"], "class 'words' has 1 group (1 text)"),
         (
             ["RUN", "--labels", "LABELS", "--test-share", "1"],
             "--test-share must be above 0 and below 1, got 1",

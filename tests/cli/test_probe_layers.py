@@ -1,29 +1,19 @@
-"""Probes of layers: the split, the features, and that the layer that knows is found."""
+"""Probes of layers: the features, the majority, and that the layer that knows is found."""
 
 import numpy as np
 import pytest
 import torch
 
-from hardy.cli.probe_layers import majority_accuracy, probe_layers, split_by_class, standardised, whitened
+from hardy.cli.probe_layers import majority_accuracy, probe_layers, standardised, whitened
+from hardy.cli.probe_split import split_by_group
 from hardy.rng import generator_for
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra linear)")
 LABELS = ["a"] * 60 + ["b"] * 30 + ["c"] * 2
 
 
-def test_every_class_is_on_either_side():
-    for share in (0.01, 0.25, 0.99):
-        split = split_by_class(LABELS, test_share=share, seed=0)
-        assert sorted([*split.train, *split.test]) == list(range(92))
-        for part in (split.train, split.test):
-            assert set(np.asarray(LABELS)[part]) == {"a", "b", "c"}
-    split, again, other = (split_by_class(LABELS, test_share=0.25, seed=seed) for seed in (0, 0, 1))
-    assert len(split.test) == 15 + 8 + 1
-    assert (split.test == again.test).all() and (split.test != other.test).any()
-
-
 def test_the_majority_is_that_of_the_training_texts():
-    split = split_by_class(LABELS, test_share=0.25, seed=0)
+    split = split_by_group(LABELS, test_share=0.25, seed=0)
     assert majority_accuracy(LABELS, split) == 15 / 24
 
 
@@ -51,7 +41,7 @@ def test_the_layer_that_knows_is_found_by_both():
     codes = torch.arange(240) % 3
     vectors[:, 1, :3] += 6 * torch.eye(3)[codes]
     labels = [str(code) for code in codes.tolist()]
-    split = split_by_class(labels, test_share=0.25, seed=0)
+    split = split_by_group(labels, test_share=0.25, seed=0)
     scores = probe_layers(vectors, labels, split, max_iter=300)
     assert [score.layer for score in scores] == ["embedding", "1", "2"]
     for one in ("ours", "theirs"):

@@ -12,7 +12,22 @@ from hardy.data.documents import Document
 def test_a_file_of_lines_is_read(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text('{"text": "a", "label": "x"}\n\n{"text": "é", "label": 3, "more": 1}\n', encoding="utf-8")
-    assert read_labels(path) == Examples(texts=["a", "é"], labels=["x", "3"])
+    found = read_labels(path)
+    assert (found.texts, found.labels) == (["a", "é"], ["x", "3"])
+    assert len(set(found.groups)) == 2
+
+
+def test_groups_are_read_and_equal_texts_are_one_where_there_is_none(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    lines = [("a", "me"), ("b", "me"), ("c", 7), ("d", "7"), ("me", None), ("e", None), ("e", None)]
+    path.write_text(
+        "".join(
+            json.dumps({"text": text, "label": "x"} | ({} if group is None else {"group": group})) + "\n"
+            for text, group in lines
+        )
+    )
+    first = {group: place for place, group in reversed(list(enumerate(read_labels(path).groups)))}
+    assert [first[group] for group in read_labels(path).groups] == [0, 0, 2, 2, 4, 5, 5]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +40,14 @@ def test_a_file_of_lines_is_read(tmp_path):
         ('{"text": 1, "label": 1}', 'labels.jsonl:2: "text" must be text'),
         ('{"text": "a", "label": ""}', 'labels.jsonl:2: "label" must be text or a whole number'),
         ('{"text": "a", "label": 0.5}', 'labels.jsonl:2: "label" must be text or a whole number, got 0.5'),
+        (
+            '{"text": "a", "label": 1, "group": null}',
+            'labels.jsonl:2: "group" must be text or a whole number, got None',
+        ),
+        (
+            '{"text": "a", "label": 1, "group": ""}',
+            "labels.jsonl:2: \"group\" must be text or a whole number, got ''",
+        ),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line, text):
@@ -40,12 +63,11 @@ def test_a_wrong_line_is_named(tmp_path, line, text):
     [
         ([], "FILE has 0 classes (no text at all); a probe needs at least two"),
         (["a", "a"], "FILE has 1 classes (a)"),
-        (["a", "a", "b"], "FILE: class 'b' has one text"),
     ],
 )
 def test_too_little_to_learn_from_is_refused(labels, text):
     with pytest.raises(UserError) as error:
-        Examples(texts=labels, labels=labels).check(where="FILE")
+        Examples(texts=labels, labels=labels, groups=labels).check(where="FILE")
     assert str(error.value).startswith(text)
 
 
@@ -70,6 +92,11 @@ def test_docstrings_are_told_from_code():
     assert len(found.texts) == len(set(found.texts)) == 10
     for text, label in zip(found.texts, found.labels, strict=True):
         assert ("second line" in text) == (label == "docstring") != ("total = 0" in text)
+    sources = {document.name: document.text.replace(" ", "") for document in documents}
+    for text, file in zip(found.texts, found.groups, strict=True):
+        assert text.splitlines()[0].replace(" ", "") in sources[file] or f"(a, b, {file[7:-3]})" in text, (
+            "the group is the file"
+        )
 
 
 def test_pieces_are_labelled_with_their_package():
@@ -80,6 +107,19 @@ def test_pieces_are_labelled_with_their_package():
     assert set(found.labels) == set(MODULES[:3])
     assert all(found.labels.count(module) <= 4 for module in MODULES[:3])
     assert all(len(text) == 400 for text in found.texts)
+    assert set(found.groups) == set(names[:3])
+
+
+def test_a_class_is_drawn_from_two_files_where_it_has_them():
+    def document(name, count):
+        return Document(name, "".join(f"{name}_{n} = {n}\n" for n in range(count)))
+
+    documents = [document("python3/json/a.py", 2000), document("python3/json/b.py", 25)]
+    documents += [document("python3/email/a.py", 2000)]
+    for seed in range(5):
+        found = built_in("module", num_examples=4, seed=seed, documents=documents)
+        assert found.labels == ["email"] * 2 + ["json"] * 2
+        assert sorted(found.groups) == ["python3/email/a.py"] * 2 + ["python3/json/a.py", "python3/json/b.py"]
 
 
 def test_the_draw_depends_on_the_seed_alone():

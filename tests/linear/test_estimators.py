@@ -1,5 +1,6 @@
 """The estimators: scikit-learn's own checks, NumPy and torch, two and more classes, what they report."""
 
+import pickle
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from hardy.config import UserError
 from hardy.linear import BatchPerceptron, LogisticGD, NormalizedLogisticRegression
 
 sklearn = pytest.importorskip("sklearn", reason="scikit-learn is not installed (extra linear)")
+import joblib  # noqa: E402  the package may be missing
 from sklearn.base import clone  # noqa: E402  the package may be missing
 from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.exceptions import ConvergenceWarning  # noqa: E402
@@ -106,6 +108,22 @@ def test_the_limit_of_large_steps_is_the_perceptron():
         (NormalizedLogisticRegression(gamma=1e9), BatchPerceptron(update="normalized")),
     ):
         np.testing.assert_allclose(large.fit(X, y == 1).coef_, limit.fit(X, y == 1).coef_, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", CHECKED, ids=str)
+def test_estimators_survive_being_saved_and_cloned(estimator, tmp_path):
+    X, y = three_clouds()
+    model = clone(estimator).set_params(max_iter=5_000).fit(X, y)
+    joblib.dump(model, tmp_path / "model.joblib")
+    saved = [joblib.load(tmp_path / "model.joblib"), pickle.loads(pickle.dumps(model))]
+    for found in saved:
+        assert found.get_params() == model.get_params()
+        for rows in (X, torch.tensor(X)):
+            assert (found.predict(rows) == model.predict(rows)).all()
+            assert (found.decision_function(rows) == model.decision_function(rows)).all()
+    again = clone(saved[0])
+    assert not hasattr(again, "coef_")
+    assert (again.fit(X, y).coef_ == model.coef_).all()
 
 
 def test_data_that_nothing_separates_is_said_so():

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from hardy.linear.config import SolverConfig
-from hardy.linear.rows import SHARES, Rows, merged, relative, soft_margins, strongest_wrong
+from hardy.linear.rows import (
+    ERROR_WEIGHT,
+    ERRORS,
+    SHARES,
+    Rows,
+    merged,
+    relative,
+    soft_margins,
+    strongest_wrong,
+)
 from hardy.rng import generator_for
 
 N, D, C = 23, 4, 3
@@ -72,3 +81,14 @@ def test_nothing_has_a_share_where_all_is_far_beyond():
     for pair in ((seen, nothing), (nothing, seen)):
         both = merged(*pair, num_sums=3)
         assert torch.equal(both.sums_PK, seen.sums_PK) and torch.equal(both.peak_P, seen.peak_P)
+
+
+def test_misclassified_rows_are_counted_and_weighed():
+    weights, signs = torch.arange(N).double() % 4, signs_of_classes()
+    theta = drawn(C, D)
+    missed = (signs * (drawn(N, D) @ theta.T) <= 0) & (weights > 0)[:, None]
+    for given, weight in ((weights, (weights[:, None] * missed).sum(0)), (weights.sign(), missed.sum(0))):
+        rows = Rows(drawn(N, D), signs, given, config=SolverConfig(), dtype=torch.float64)
+        sums = rows.sweep(theta, first_row=0, trace=False).sums_PK
+        assert sums[:, ERRORS].tolist() == missed.sum(0).tolist()
+        assert sums[:, ERROR_WEIGHT].tolist() == weight.tolist()

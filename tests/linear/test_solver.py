@@ -223,7 +223,7 @@ def test_margins_of_any_size_make_finite_steps(method):
 @pytest.mark.parametrize(
     ("rows", "signs", "weights", "text"),
     [
-        ([[math.inf, 0.0]], [[1]], None, "features hold NaN or Inf in 1 rows"),
+        ([[math.inf, 0.0], [1.0, 1.0]], [[1], [1]], None, "features hold NaN or Inf in 1 rows"),
         ([[1.0, 0.0], [0.0, 0.0]], [[1], [1]], None, "1 rows are all zeros"),
         ([[1.0]], [[0]], None, "signs must be +1 or -1, those of 1 rows are not"),
         ([[1.0]], [[1]], [-1.0], "weights must be finite and not negative, 1 are not"),
@@ -247,6 +247,12 @@ def test_a_joint_problem_wants_one_right_class():
 def test_weights_that_overflow_are_refused():
     with pytest.raises(UserError, match="makes weights that torch.float32 cannot hold"):
         solve(torch.tensor([[1e30], [2e30]]), torch.ones(2, 1), SolverConfig(gamma=1e30))
+
+
+def test_a_length_that_overflows_is_no_fault_of_its_row():
+    rows = torch.tensor([[1e200, 1e200], [1e200, math.nan]], dtype=torch.float64)
+    with pytest.raises(UserError, match="features hold NaN or Inf in 1 rows"):
+        solve(rows, torch.ones(2, 1))
 
 
 def test_one_row_takes_one_step():

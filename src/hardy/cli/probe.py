@@ -24,7 +24,11 @@ def add_probe(parser: Parser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN|FOLDER", help="run folder, or Hugging Face folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
-        "--labels", type=Path, metavar="FILE.jsonl", help='lines of {"text": "...", "label": "..."}'
+        "--labels",
+        type=Path,
+        metavar="FILE.jsonl",
+        help='lines of {"text": "...", "label": "...", "group": "..."}; a group (an author, a file, ...; '
+        "optional) stays on one side of the split",
     )
     what.add_argument("--task", metavar="NAME", help="a built-in question, listed below")
     parser.add_argument(
@@ -63,19 +67,25 @@ def probe_verb(arguments: argparse.Namespace) -> int:
     """Run `hardy probe`."""
     _check(arguments)
     _check_scikit_learn()
+    from hardy.cli.probe_split import split_by_group
+
     examples = _examples(arguments)
+    split = split_by_group(
+        examples.labels, examples.groups, test_share=arguments.test_share, seed=arguments.seed
+    )
     model, tokenizer = _load(arguments.source, arguments.step)
-    from hardy.cli.probe_layers import majority_accuracy, probe_layers, split_by_class
+    from hardy.cli.probe_layers import majority_accuracy, probe_layers
 
     vectors_NLD, num_cut = vectors_of(
         model, tokenizer, examples.texts, pool=arguments.pool, most_tokens=arguments.tokens
     )
-    split = split_by_class(examples.labels, test_share=arguments.test_share, seed=arguments.seed)
     scores = probe_layers(vectors_NLD, examples.labels, split, max_iter=arguments.max_iter)
     result = {
         "classes": len(set(examples.labels)),
         "train_texts": len(split.train),
         "test_texts": len(split.test),
+        "train_groups": split.num_train_groups,
+        "test_groups": split.num_test_groups,
         "cut_texts": num_cut,
         "majority_accuracy": majority_accuracy(examples.labels, split),
         "layers": [dataclasses.asdict(score) for score in scores],
@@ -123,7 +133,8 @@ def vectors_of(
 def table(scores: "list[LayerScores]", result: dict[str, Any]) -> str:
     """Return the result as text."""
     lines = [
-        f"{result['train_texts']} texts to train, {result['test_texts']} to test, {result['classes']} classes"
+        f"{result['train_texts']} texts of {result['train_groups']} groups to train, "
+        f"{result['test_texts']} of {result['test_groups']} to test, {result['classes']} classes"
         + (f"; {result['cut_texts']} texts were cut" if result["cut_texts"] else ""),
         "",
         f"{'':<10}  {'normalised logistic regression':^30}  {'scikit-learn':^30}",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hardy.rng import numpy_generator_for
+from hardy.cli.probe_split import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,28 +40,6 @@ class LayerScores:
     """embedding, or the number of the block from 1."""
     ours: Score
     theirs: Score
-
-
-@dataclass(frozen=True, kw_only=True)
-class Split:
-    """Which texts train and which test."""
-
-    train: Array
-    test: Array
-
-
-def split_by_class(labels: list[str], *, test_share: float, seed: int) -> Split:
-    """Return a random split with at least one text of each class on either side."""
-    found = np.asarray(labels)
-    train: list[Array] = []
-    test: list[Array] = []
-    for name in np.unique(found):
-        places = np.flatnonzero(found == name)
-        order = numpy_generator_for(seed, "probe", "split", str(name)).permutation(places)
-        num_test = min(len(places) - 1, max(1, round(test_share * len(places))))
-        test.append(order[:num_test])
-        train.append(order[num_test:])
-    return Split(train=np.sort(np.concatenate(train)), test=np.sort(np.concatenate(test)))
 
 
 def majority_accuracy(labels: list[str], split: Split) -> float:

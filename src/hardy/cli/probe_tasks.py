@@ -2,7 +2,6 @@
 
 import ast
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,33 +25,30 @@ MODULES = ("asyncio", "concurrent", "ctypes", "email", "encodings", "html", "htt
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Texts and the class of each."""
+    """Texts, and class and group of each; a group stays on one side of the split."""
 
     texts: list[str]
     labels: list[str]
+    groups: list[str]
 
     def check(self, *, where: str) -> None:
-        """Refuse what no probe can be trained and tested on.
+        """Refuse fewer than two classes.
 
         Raises:
-            UserError: fewer than two classes, or a class with fewer than two texts.
+            UserError: so it is.
         """
-        counts = Counter(self.labels)
-        if len(counts) < 2:
+        names = sorted(set(self.labels))
+        if len(names) < 2:
             raise UserError(
-                f"{where} has {len(counts)} classes ({', '.join(counts) or 'no text at all'}); a probe "
+                f"{where} has {len(names)} classes ({', '.join(names) or 'no text at all'}); a probe "
                 f"needs at least two"
-            )
-        rare = [name for name, count in counts.items() if count < 2]
-        if rare:
-            raise UserError(
-                f"{where}: class {rare[0]!r} has one text, and one is needed to train and one to test; "
-                f"give it at least two, or leave it out"
             )
 
 
 def read_labels(path: Path) -> Examples:
-    """Read a file of lines {"text": ..., "label": ...}; empty lines are passed over.
+    """Read a file of lines {"text": ..., "label": ..., "group": ...}; empty lines are passed over.
+
+    A line without a group is one of its own; lines of equal text then are one.
 
     Raises:
         UserError: it cannot be read, or a line is not as it should be.
@@ -61,11 +57,18 @@ def read_labels(path: Path) -> Examples:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels {path} cannot be read: {error}") from None
-    pairs = [_pair(line, where=f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    return Examples(texts=[text for text, _ in pairs], labels=[label for _, label in pairs])
+    found = [_read(line, where=f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    return _examples(found)
 
 
-def _pair(line: str, *, where: str) -> tuple[str, str]:
+def _examples(found: Iterable[tuple[str, str, str]]) -> Examples:
+    """Return texts, labels and groups in three lists."""
+    texts, labels, groups = [list(column) for column in zip(*found, strict=True)] or [[], [], []]
+    return Examples(texts=texts, labels=labels, groups=groups)
+
+
+def _read(line: str, *, where: str) -> tuple[str, str, str]:
+    """Return text, label and group of a line."""
     try:
         found = json.loads(line)
     except json.JSONDecodeError as error:
@@ -73,20 +76,24 @@ def _pair(line: str, *, where: str) -> tuple[str, str]:
     for key in ("text", "label"):
         if not isinstance(found, dict) or key not in found:
             raise UserError(f'{where} has no "{key}"; a line is {{"text": "...", "label": "..."}}')
-    if not isinstance(found["text"], str) or not found["text"]:
-        raise UserError(f'{where}: "text" must be text that is not empty, got {found["text"]!r}')
-    if not isinstance(found["label"], str | int) or found["label"] == "":
-        raise UserError(f'{where}: "label" must be text or a whole number, got {found["label"]!r}')
-    return found["text"], str(found["label"])
+    text = found["text"]
+    if not isinstance(text, str) or not text:
+        raise UserError(f'{where}: "text" must be text that is not empty, got {text!r}')
+    for key in ("label", "group"):
+        value = found.get(key, 0)
+        if not isinstance(value, str | int) or value == "":
+            raise UserError(f'{where}: "{key}" must be text or a whole number, got {value!r}')
+    group = f"group {found['group']}" if "group" in found else f"text {text}"
+    return text, str(found["label"]), group
 
 
-def _module_snippets(documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
-    """Yield pieces of source files and the package that each is from."""
+def _module_snippets(documents: Iterable[Document]) -> Iterator[tuple[str, str, str]]:
+    """Yield pieces of source files, the package that each is from, and the file."""
     for document in documents:
         parts = document.name.split("/")
         if len(parts) > 2 and parts[1] in MODULES:
             for piece in _pieces(document.text):
-                yield piece, parts[1]
+                yield piece, parts[1], document.name
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -99,8 +106,8 @@ def _pieces(text: str) -> Iterator[str]:
             piece = ""
 
 
-def _docstrings_and_code(documents: Iterable[Document]) -> Iterator[tuple[str, str]]:
-    """Yield docstrings, and functions without theirs."""
+def _docstrings_and_code(documents: Iterable[Document]) -> Iterator[tuple[str, str, str]]:
+    """Yield docstrings, and functions without theirs, and the file of each."""
     for document in documents:
         if not document.name.endswith(".py"):
             continue
@@ -113,15 +120,15 @@ def _docstrings_and_code(documents: Iterable[Document]) -> Iterator[tuple[str, s
                 continue
             docstring = ast.get_docstring(node) or ""
             if len(docstring) >= LEAST_CHARACTERS:
-                yield docstring[:SNIPPET_CHARACTERS], "docstring"
+                yield docstring[:SNIPPET_CHARACTERS], "docstring", document.name
             if isinstance(node, ast.ClassDef):
                 continue
             code = "\n".join(ast.unparse(inner) for inner in node.body[bool(docstring) :])
             if len(code) >= LEAST_CHARACTERS:
-                yield code[:SNIPPET_CHARACTERS], "code"
+                yield code[:SNIPPET_CHARACTERS], "code", document.name
 
 
-Task = Callable[[Iterable[Document]], Iterator[tuple[str, str]]]
+Task = Callable[[Iterable[Document]], Iterator[tuple[str, str, str]]]
 TASKS: dict[str, tuple[Task, str]] = {
     "module": (_module_snippets, "which package of the standard library a piece of source is from"),
     "docstring": (_docstrings_and_code, "whether a text is a docstring or the code of a function"),
@@ -130,7 +137,7 @@ TASKS: dict[str, tuple[Task, str]] = {
 
 
 def built_in(name: str, *, num_examples: int, seed: int, documents: Sequence[Document] = ()) -> Examples:
-    """Return about `num_examples` texts of a built-in task, as many of each class.
+    """Return about `num_examples` texts of a built-in task, as many of each class; groups are files.
 
     Args:
         name: in `TASKS`.
@@ -138,15 +145,23 @@ def built_in(name: str, *, num_examples: int, seed: int, documents: Sequence[Doc
         seed: of the draw.
         documents: to take texts from; none takes the standard library of the running Python.
     """
-    found: dict[str, dict[str, None]] = {}
-    for text, label in TASKS[name][0](documents or pydocs_source(packages=[]).read()):
-        found.setdefault(label, {})[text] = None  # a text counts once
+    found: dict[str, dict[str, str]] = {}
+    for text, label, file in TASKS[name][0](documents or pydocs_source(packages=[]).read()):
+        found.setdefault(label, {}).setdefault(text, file)  # a text counts once
     share = max(2, num_examples // max(1, len(found)))
-    texts: list[str] = []
-    labels: list[str] = []
+    drawn: list[tuple[str, str, str]] = []
     for label in sorted(found):
         order = numpy_generator_for(seed, "probe", name, label).permutation(len(found[label]))
-        all_texts = list(found[label])
-        texts += [all_texts[place] for place in order[:share]]
-        labels += [label] * min(share, len(order))
-    return Examples(texts=texts, labels=labels)
+        all_texts = list(found[label].items())
+        texts = [all_texts[place] for place in order]
+        drawn += [(text, label, file) for text, file in _of_two_files(texts, share)]
+    return _examples(drawn)
+
+
+def _of_two_files(texts: list[tuple[str, str]], share: int) -> list[tuple[str, str]]:
+    """Return the first `share` texts; if they are of one file, the last gives way to one of another."""
+    first = texts[:share]
+    if len({file for _, file in first}) == 1:
+        other = next((pair for pair in texts[share:] if pair[1] != first[0][1]), None)
+        first = first if other is None else [*first[:-1], other]
+    return first

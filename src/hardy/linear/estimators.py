@@ -1,4 +1,4 @@
-"""The linear solvers as scikit-learn estimators, for NumPy arrays and torch tensors.
+"""The linear solvers as scikit-learn estimators, for NumPy arrays, SciPy's sparse matrices and torch tensors.
 
 Paper: A. Tyurin, arXiv 2412.08424; see `solver`. Ours: more than two classes, scaling and bias. They are
 right when every margin is positive, and say how many rows are not and how large the least margin is; the loss
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from hardy.config import ConfigError, UserError, unknown_name
 from hardy.linear.config import Method, SolverConfig
+from hardy.linear.rows import Features
 from hardy.linear.solver import Solution, solve
+from hardy.linear.sparse import SparseRows
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
@@ -30,6 +32,8 @@ except ImportError as error:
         f"hardy.linear's estimators need scikit-learn 1.6 or newer ({error}); install it by "
         f"pip install 'hardy[linear]'"
     ) from None
+
+from scipy.sparse import issparse  # scikit-learn brings it
 
 Array = NDArray[Any]
 UPDATES: dict[str, Method] = {
@@ -55,8 +59,8 @@ class _Separator(ClassifierMixin, BaseEstimator):
         """Look for weights that separate the classes.
 
         Args:
-            X: rows, a NumPy array or what becomes one, or a torch tensor, which is used where it is; computed
-                in float64 if it is that, else in float32.
+            X: rows, a NumPy array or what becomes one, a matrix of scipy.sparse, which stays sparse, or a
+                torch tensor, which is used where it is; computed in float64 if it is that, else in float32.
             y: a class for each row; at least two.
             sample_weight: of each row, not negative; 2 is as the row twice, 0 as if it were not there.
 
@@ -104,7 +108,8 @@ class _Separator(ClassifierMixin, BaseEstimator):
             )
             scores = rows @ coef.T + intercept
         else:
-            scores = validate_data(self, X, reset=False) @ self.coef_.T + self.intercept_
+            rows = validate_data(self, X, reset=False, accept_sparse="csr")
+            scores = rows @ self.coef_.T + self.intercept_
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
     def predict(self, X: Any) -> Any:
@@ -120,10 +125,18 @@ class _Separator(ClassifierMixin, BaseEstimator):
         labels, predicted = (_numpy(value) for value in (y, self.predict(X)))
         return float(accuracy_score(labels, predicted, sample_weight=sample_weight))
 
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that sparse matrices are taken."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
     def _checked(self, X: Any, y: Any) -> tuple[Any, Array]:
         """Return rows and labels, checked as scikit-learn does."""
         if not isinstance(X, Tensor):
-            checked: Any = validate_data(self, X, _numpy(y), dtype=[np.float64, np.float32])
+            checked: Any = validate_data(
+                self, X, _numpy(y), dtype=[np.float64, np.float32], accept_sparse="csr"
+            )
             rows, labels = checked
         else:
             rows, labels = _checked_tensor(X), column_or_1d(_numpy(y), warn=True)
@@ -149,8 +162,10 @@ class _Separator(ClassifierMixin, BaseEstimator):
         self.intercept_ = bias - self.coef_ @ centre
         self._report(found, config)
 
-    def _scaled(self, rows: Any, weights: Array) -> tuple[Tensor, Array, float]:
+    def _scaled(self, rows: Any, weights: Array) -> tuple[Features, Array, float]:
         """Return a copy with the bias column, and the centre and size that were taken out."""
+        if issparse(rows):
+            return self._scaled_sparse(rows, weights)
         width = rows.shape[1] + self.fit_intercept
         if isinstance(rows, Tensor):
             table = rows.new_empty(len(rows), width)
@@ -172,6 +187,21 @@ class _Separator(ClassifierMixin, BaseEstimator):
         if self.fit_intercept:
             table[:, -1] = self.bias_scale
         return table, centre, size
+
+    def _scaled_sparse(self, rows: Any, weights: Array) -> tuple[Features, Array, float]:
+        """Return the same of a sparse matrix, whose centre is taken out in thought."""
+        table = rows.copy()
+        table.sum_duplicates()
+        bias = self.bias_scale if self.fit_intercept else None
+        if self.features != "scaled":
+            return SparseRows(table, bias=bias), np.zeros(rows.shape[1]), 1.0
+        share = weights / weights.sum()
+        centre = (table.T @ share) if self.fit_intercept else None
+        size = float(np.sqrt(share @ SparseRows(table, centre_E=centre).lengths().numpy() ** 2)) or 1.0
+        table.data /= size
+        scaled = None if centre is None else centre / size
+        centre = np.zeros(rows.shape[1]) if centre is None else centre
+        return SparseRows(table, centre_E=scaled, bias=bias), centre, size
 
     def _report(self, found: Solution, config: SolverConfig) -> None:
         """Keep what the solver knows, and warn where it failed."""
@@ -322,6 +352,8 @@ def _numpy(value: Any) -> Any:
 
 def _checked_tensor(X: Tensor) -> Tensor:
     """Return a table of finite floats, without gradient; fp64 stays, all else becomes fp32."""
+    if X.layout != torch.strided:
+        raise UserError(f"X is a sparse tensor ({X.layout}); give a matrix of scipy.sparse instead")
     if X.ndim != 2 or 0 in X.shape:
         raise UserError(f"X must be a table with rows and features, got shape {tuple(X.shape)}")
     rows = X.detach().to(torch.float64 if X.dtype == torch.float64 else torch.float32)

@@ -18,6 +18,10 @@ from torch.nn.functional import logsigmoid, one_hot
 
 from hardy.config import UserError
 from hardy.linear.config import STEPPED, SolverConfig
+from hardy.linear.sparse import SparseRows
+
+Features = Tensor | SparseRows
+"""A table of rows; a tensor's may have any floating or integer dtype."""
 
 
 @dataclass(kw_only=True)
@@ -33,6 +37,8 @@ class Pass:
 
 
 ERRORS, ERROR_WEIGHT, SHARES, SQUARES, LOSS = range(5)
+COPY_NUMBERS = 125_000
+"""Numbers that are copied to fp64 at once: 1 MB."""
 NUM_PLAIN, NUM_SUMS = 3, 5
 """Sums before the direction: without and with a trace, which adds the last two."""
 
@@ -42,7 +48,7 @@ class Rows:
 
     def __init__(
         self,
-        features_ND: Tensor,
+        features_ND: Features,
         signs_NC: Tensor,
         weights_N: Tensor | None,
         *,
@@ -57,13 +63,18 @@ class Rows:
         self.num_weights = self.num_features * (signs_NC.shape[1] if self.is_joint else 1)
         signs_NC = signs_NC.to(self.device, dtype)
         weights_N = None if weights_N is None else weights_N.to(self.device, dtype)
-        num_chunk_rows = max(1, config.chunk_bytes // max(1, self.num_features * dtype.itemsize))
-        self.chunks: list[tuple[int, Tensor, Tensor, Tensor | None]] = []
-        """Number of the first row, features (still in their own dtype), signs and weights."""
+        self.chunks: list[tuple[int, Features, Tensor, Tensor | None]] = []
+        """Number of the first row, features (a tensor's still in their own dtype), signs and weights."""
+        if isinstance(features_ND, SparseRows):
+            features_ND, row_bytes = features_ND.to(dtype), features_ND.row_bytes
+        else:
+            row_bytes = self.num_features * dtype.itemsize
+        num_chunk_rows = max(1, config.chunk_bytes // max(1, row_bytes))
         for first in range(0, self.num_rows, num_chunk_rows):
             part = slice(first, first + num_chunk_rows)
             weights = None if weights_N is None else weights_N[part]
-            self.chunks.append((first, features_ND[part], signs_NC[part], weights))
+            features = features_ND.part(part) if isinstance(features_ND, SparseRows) else features_ND[part]
+            self.chunks.append((first, features, signs_NC[part], weights))
 
     def zeros(self, *shape: int) -> Tensor:
         """Return zeros of the dtype and device of the computation."""
@@ -74,7 +85,7 @@ class Rows:
         found = None
         for first, features_ND, signs_NC, weights_N in self.chunks:
             features_ND = features_ND.to(self.dtype)
-            scores_NC = features_ND @ theta_PK.view(-1, self.num_features).T
+            scores_NC = scores_of(features_ND, theta_PK.view(-1, self.num_features))
             margins_NP = strongest_wrong(scores_NC, signs_NC) if self.is_joint else signs_NC * scores_NC
             missed_NP = margins_NP <= 0
             if weights_N is not None:
@@ -84,11 +95,14 @@ class Rows:
             logs_NP = self.log_shares(softened_NP, missed_NP, weights_N, first=first_row + first)
             peak_P = logs_NP.amax(0)
             shares_NP = relative(logs_NP, peak_P).to(self.dtype)
-            columns = [missed_NP.sum(0), _weighted(missed_NP, weights_N), shares_NP.sum(0)]
+            errors_P = missed_NP.sum(0)
+            error_weight_P = errors_P if weights_N is None else _weighted(missed_NP, weights_N)
+            columns = [errors_P, error_weight_P, shares_NP.sum(0)]
             if trace:
                 columns += [shares_NP.square().sum(0), self.loss(softened_NP, weights_N)]
             along_NC = self.along(scores_NC, signs_NC) if self.is_joint else signs_NC
-            direction_PK = ((shares_NP * along_NC).T @ features_ND).reshape(self.num_problems, -1)
+            direction_CD = mixed_of(features_ND, shares_NP * along_NC)
+            direction_PK = direction_CD.reshape(self.num_problems, -1)
             sums_PK = torch.cat([torch.stack(columns, 1), direction_PK], 1)
             part = Pass(peak_P=peak_P, least_P=margins_NP.amin(0), sums_PK=sums_PK)
             found = part if found is None else merged(found, part, num_sums=len(columns))
@@ -135,8 +149,41 @@ class Rows:
         return _weighted(-logsigmoid(margins_NP), weights_N)
 
 
-def _check_shapes(features_ND: Tensor, signs_NC: Tensor, weights_N: Tensor | None) -> None:
-    if features_ND.ndim != 2 or signs_NC.ndim != 2 or len(features_ND) != len(signs_NC):
+def scores_of(features_ND: Features, theta_CD: Tensor) -> Tensor:
+    """Return rows times weights, [N, C]."""
+    return features_ND.scores(theta_CD) if isinstance(features_ND, SparseRows) else features_ND @ theta_CD.T
+
+
+def mixed_of(features_ND: Features, weights_NC: Tensor) -> Tensor:
+    """Return sums of rows by weight, [C, D]."""
+    return (
+        features_ND.mixed(weights_NC) if isinstance(features_ND, SparseRows) else weights_NC.T @ features_ND
+    )
+
+
+def lengths_of(features_ND: Features) -> Tensor:
+    """Return the length of each row, fp64; few rows at a time, whose copies in fp64 stay in cache."""
+    if isinstance(features_ND, SparseRows):
+        return features_ND.lengths()
+    num_rows = max(1, COPY_NUMBERS // max(1, features_ND.shape[1]))
+    return torch.cat([part.double().norm(dim=1) for part in features_ND.split(num_rows)])
+
+
+def num_not_finite(features_ND: Features, length_N: Tensor) -> int:
+    """Return how many rows hold NaN or Inf.
+
+    A finite length says that none does; rows are looked at where one is not, as looking at each number takes
+    more time than both products of a step.
+    """
+    if bool(length_N.isfinite().all()):
+        return 0
+    if isinstance(features_ND, SparseRows):
+        return features_ND.num_not_finite()
+    return int((~features_ND.isfinite()).any(1).sum())
+
+
+def _check_shapes(features_ND: Features, signs_NC: Tensor, weights_N: Tensor | None) -> None:
+    if len(features_ND.shape) != 2 or signs_NC.ndim != 2 or len(features_ND) != len(signs_NC):
         raise UserError(
             f"features and signs must be tables with a row for each other, got shapes "
             f"{tuple(features_ND.shape)} and {tuple(signs_NC.shape)}"

@@ -28,8 +28,11 @@ from hardy.linear.rows import (
     NUM_SUMS,
     SHARES,
     SQUARES,
+    Features,
     Pass,
     Rows,
+    lengths_of,
+    num_not_finite,
     relative,
     rescaled,
 )
@@ -117,7 +120,7 @@ class _Facts:
 
 
 def solve(
-    features_ND: Tensor,
+    features_ND: Features,
     signs_NC: Tensor,
     config: SolverConfig | None = None,
     *,
@@ -134,7 +137,7 @@ def solve(
     that all share decide when they stop.
 
     Args:
-        features_ND: rows of this worker, perhaps none; any floating or integer dtype.
+        features_ND: rows of this worker, perhaps none; any floating or integer dtype, or `SparseRows`.
         signs_NC: +1 or -1.
         config: method, step size and stop rule.
         weights_N: of the rows, not negative; none is 1 each. A row of weight 0 does not exist, one of weight
@@ -183,10 +186,10 @@ def _look(rows: Rows, workers: Workers) -> _Facts:
     total, longest, faults = 0.0, 0.0, [0, 0, 0, 0, 0]
     for _, features_ND, signs_NC, given_N in rows.chunks:
         weights_N = signs_NC.new_ones(len(signs_NC)) if given_N is None else given_N
-        length_N = features_ND.double().norm(dim=1)
+        length_N = lengths_of(features_ND)
         total += weights_N.double().sum().item()
         longest = max(longest, length_N.where(weights_N > 0, 0).max().item())
-        faults[0] += int((~features_ND.isfinite()).any(1).sum())
+        faults[0] += num_not_finite(features_ND, length_N)
         faults[1] += int((~(weights_N >= 0) | weights_N.isinf()).sum())
         faults[2] += int((signs_NC.abs() != 1).any(1).sum())
         faults[4] += int(rows.is_joint and ((signs_NC > 0).sum(1) != 1).sum())
