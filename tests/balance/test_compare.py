@@ -85,6 +85,22 @@ def test_bucketed_takes_the_parts_one_after_another():
     assert [sorted(i for b in slot for i in b.sequences) for slot in made.slots] == [[0, 2], [1, 3]]
 
 
+def test_the_bridge_is_in_every_methods_time():
+    given = batches(2, size=60, most=32768)
+    only = published_strategies()[:1]
+    free = hydraulis(["fixed", "balanced", "dynamic"], given, strategies=only)
+    moved = hydraulis(["fixed", "balanced", "dynamic"], given, strategies=only, bridge=lambda _: 500.0)
+    for name, row in moved.items():
+        assert row.time == pytest.approx(free[name].time + 500.0)
+        assert row.gap < free[name].gap or free[name].gap == 0
+    cost = LengthCostModel(schemes=(SchemeCost(scheme=Scheme(), a=0.0, b=1.0, c=0.0, cap_tokens=20000),))
+    methods = strategy_methods(
+        ["bucketed"], world_size=2, cost=cost, strategies=[(Scheme(), Scheme())], bridge=lambda _: 500.0
+    )
+    made, _ = methods["bucketed"](np.array([5000, 100, 6000, 300]))
+    assert made.cost == 6000 + 300 + 2 * 500, "each part by itself moves weights and gradients"
+
+
 def by_hand():
     alone = SchemeCost(scheme=Scheme(), a=1.0, b=0.0, c=0.0, cap_tokens=10)
     slot = tuple(

@@ -92,3 +92,13 @@ def test_costs_that_make_no_sense_are_refused(bad):
         SchemeCost(scheme=Scheme(), **({"a": 1.0, "b": 1.0, "c": 1.0, "cap_tokens": 9} | bad))
     with pytest.raises(UserError, match="each once"):
         LengthCostModel(schemes=())
+
+
+def test_costs_that_can_form_no_group_are_told_from_those_that_can():
+    model = analytic_cost(DecoderSizes(2, 64, 128, 4, 2, 16, 256), cap_tokens=100, degrees=(1, 4))
+    assert model.forms_groups(4) and not model.forms_groups(3)
+    model.check_groups(4, source="it", way_out="go")
+    model.check_groups(1, source="it", way_out="go")
+    text = "^it has costs of context-parallel degree 1, 4 only, and 3 ranks .* --ranks 3 --out FILE.*, or go$"
+    with pytest.raises(UserError, match=text):
+        model.check_groups(3, source="it", way_out="go")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hardy.balance.cost_presets import cost_preset, published_strategies
+from hardy.balance.cost_presets import cost_preset, preset_sizes, published_strategies
 from hardy.balance.plan import Scheme
 from hardy.config import UserError
 
@@ -66,3 +66,11 @@ def test_the_seven_strategies_use_all_gpus():
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="hydraulis-32b"):
         cost_preset("hydraulis-33b")
+
+
+def test_sizes_of_presets_have_about_as_many_parameters_as_their_names_say():
+    for name, billions in (("hydraulis-7b", 7), ("hydraulis-13b", 13), ("hydraulis-32b", 32)):
+        sizes = preset_sizes(name)
+        layer = 4 * sizes.hidden_size * sizes.num_heads * sizes.head_size
+        layer += sizes.ffn_matrices * sizes.hidden_size * sizes.intermediate_size
+        assert sizes.num_layers * layer == pytest.approx(billions * 1e9, rel=0.1)

@@ -96,3 +96,33 @@ def test_what_cannot_be_proposed_is_said():
         propose(batches(2), world_size=64, cost=cost, candidates=[(Scheme(tensor=4),) * 16])
     with pytest.raises(UserError, match="needs candidates and batches"):
         propose([], world_size=64, cost=cost, candidates=published_strategies())
+
+
+def test_what_the_bridge_takes_is_weighed():
+    cost, published, given = cost_preset("hydraulis-32b"), published_strategies(), batches(2)
+    free = propose(given, world_size=64, cost=cost, candidates=published, most=1)
+    dear = free.strategies[0]
+    found = propose(
+        given, world_size=64, cost=cost, candidates=published, most=1, bridge=lambda s: 1e6 * (s == dear)
+    )
+    assert found.strategies[0] != dear and found.times[0] >= free.times[0]
+    same = propose(given, world_size=64, cost=cost, candidates=published, most=1, bridge=lambda _: 50.0)
+    assert same.strategies == free.strategies and same.times[0] == pytest.approx(free.times[0] + 50.0)
+
+
+@pytest.mark.parametrize("each", [20.0, 100.0])
+def test_the_best_with_its_bridge_is_found(each):
+    """Bounds spare most of the planning; one that counted the bridge twice would leave out the best."""
+    cost, published, given = cost_preset("hydraulis-32b"), published_strategies(), batches(2)
+
+    def bridge(strategy):
+        return each * len(strategy)
+
+    def time(strategy):
+        plans = [plan_strategies(b, world_size=64, cost=cost, strategies=[strategy]).plan for b in given]
+        return float(np.mean([made.cost for made in plans])) + bridge(strategy)
+
+    holding = [s for s in published if max(cost.of(k).cap_tokens for k in s) >= max(b.max() for b in given)]
+    best = min(holding, key=time)
+    found = propose(given, world_size=64, cost=cost, candidates=published, most=1, bridge=bridge)
+    assert found.strategies == (best,) and found.times[0] == pytest.approx(time(best))

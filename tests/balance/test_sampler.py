@@ -293,3 +293,17 @@ def test_a_loader_of_torch_takes_it_with_and_without_processes():
             collate_fn=lambda own: sorted(example["index"] for example in own),
         )
         assert list(loader) == expected and len(loader) == 18
+
+
+def test_groups_without_costs_are_refused():
+    alone = COST.only([Scheme()])
+    for mode, size in (("dispatch", 2), ("dynamic_cp", 1)):
+        planning = Planning(cost=alone, mode=mode)
+        BalancedBatchSampler(
+            [4] * 8, batching=Batching(sequences=4), planning=planning, world_size=size, rank=0
+        )
+    planning = Planning(cost=alone, mode="dynamic_cp")
+    with pytest.raises(
+        UserError, match="planning.cost has costs of context-parallel degree 1 only, and 2 ranks"
+    ):
+        BalancedBatchSampler([4] * 8, batching=Batching(sequences=4), planning=planning, world_size=2, rank=0)

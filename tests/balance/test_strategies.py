@@ -119,3 +119,22 @@ def test_what_cannot_be_is_refused(strategies, text):
 
 def test_words():
     assert strategy_text((BIG, MIDDLE, MIDDLE)) == "1x tp16 + 2x tp8"
+
+
+def test_the_bridge_is_in_the_objective():
+    """Of every strategy, also of the one that stays; the choice turns where its time outweighs the gain."""
+    given = lengths(200)
+    free = choose(given)
+    single = {k: choose(given, [s]).plan.cost for k, s in enumerate(PUBLISHED) if holds(s, given)}
+    other = sorted(single, key=single.get)[1]
+    gain = single[other] - single[free.index]
+    for moved, index in ((0.9 * gain, free.index), (1.1 * gain, other)):
+        found = choose(given, bridge=lambda s, moved=moved: moved if s == PUBLISHED[free.index] else 0.0)
+        assert found.index == index
+        assert found.plan.cost == pytest.approx(single[index] + (moved if index == free.index else 0.0))
+        assert found.plan.lower_bound <= found.plan.cost
+    everywhere = choose(given, bridge=lambda _: 1e4, previous=free.index)
+    assert everywhere.index == free.index and everywhere.plan.cost == pytest.approx(free.plan.cost + 1e4)
+    assert everywhere.plan.lower_bound == pytest.approx(free.plan.lower_bound + 1e4)
+    both = choose(given, bridge=lambda _: 7.0, previous=other, switch_cost=0.5 * gain)
+    assert both.index == free.index and both.plan.cost == pytest.approx(free.plan.cost + 7.0 + 0.5 * gain)

@@ -43,6 +43,8 @@ def test_strategies_are_read_as_they_are_written():
         (["simulate", "--cost", "hydraulis-32b", "--strategies", "9x tp16", "--ranks", "64"], "144 ranks"),
         (["profile", "--cost", "hydraulis-32b"], "profile measures a model"),
         (["profile", "--cost", "1m", "--context", "100"], "too short to see attention"),
+        (["propose", "--bridge-bandwidth", "-1"], "from 0 on, got -1; 0 does not count the bridge"),
+        (["propose", "--bridge-bandwidth", "nan"], "from 0 on, got nan"),
         (["dance"], "invalid choice"),
     ],
 )

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from hardy.balance.cost import analytic_cost
+from hardy.cli.balance import model_sizes
 from hardy.cli.main import main
 
 SMALL = ["--batches", "3", "--sequences", "40", "--context", "8192", "--ranks", "4"]
@@ -90,3 +92,65 @@ def test_propose_writes_what_strategies_takes(capsys):
 def test_a_picture_that_cannot_be_written(capsys, tmp_path, path):
     assert main(["balance", "plan", *SMALL, "--png", str(tmp_path / path)]) == 2
     assert "could not be written" in capsys.readouterr().err
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """Return a file with costs of one rank alone."""
+    path = tmp_path / "alone.json"
+    analytic_cost(model_sizes("1m"), cap_tokens=8192, degrees=(1,)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        (["plan"], "take --mode dispatch"),
+        (["simulate", "--methods", "dispatch,dynamic_cp"], "take --methods without them"),
+        (["simulate", "--methods", "batch_cp"], "take --methods without them"),
+        (["propose"], "take a cost of several schemes"),
+    ],
+)
+def test_groups_that_have_no_costs_are_refused(capsys, alone, words, way_out):
+    assert main(["balance", *words, *SMALL, "--cost", alone]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"{alone} has costs of context-parallel degree 1 only, and 4 ranks" in error
+    assert "hardy balance profile --ranks 4 --out FILE" in error and way_out in error
+
+
+def test_what_needs_no_groups_goes_without(capsys, alone):
+    assert said(capsys, "plan", *SMALL, "--cost", alone, "--mode", "dispatch")
+    assert said(capsys, "plan", *SMALL[:-1], "1", "--cost", alone)
+    for action in ("simulate", "analyze"):
+        found = told(capsys, action, *SMALL, "--cost", alone)
+        assert "dispatch" in {row["method"] for row in found["methods"]}
+        assert not {"static_cp", "batch_cp", "dynamic_cp"} & {row["method"] for row in found["methods"]}
+        note = "has no costs of groups: ways of planning that form groups are left out"
+        assert note in said(capsys, action, *SMALL, "--cost", alone)
+        assert note not in said(capsys, action, *SMALL)
+
+
+def test_the_bridge_is_weighed_and_said(capsys):
+    words = [
+        "--cost",
+        "hydraulis-7b",
+        "--ranks",
+        "8",
+        "--tokens",
+        "60000",
+        "--batches",
+        "2",
+        "--context",
+        "8192",
+    ]
+    dear, free = (told(capsys, "propose", *words, "--bridge-bandwidth", at) for at in ("0.1", "0"))
+    assert free["bridge_times"] == [0.0] * len(free["strategies"])
+    assert free["bridge"] == "bridge not counted (--bridge-bandwidth 0)"
+    assert min(dear["bridge_times"]) > 0 and dear["times"][-1] > free["times"][-1]
+    assert dear["strategies"][0] != free["strategies"][0]
+    text = said(capsys, "propose", *words, "--bridge-bandwidth", "0.1")
+    assert f"(bridge {dear['bridge_times'][0]:,.1f} ms, " in text and "at 0.1 GB/s a rank" in text
+    planned = told(capsys, "plan", *words)
+    assert "at 10 GB/s a rank" in planned["bridge"]
+    assert "not hidden behind computing (bridge " in said(capsys, "plan", *words)
+    assert "at 10 GB/s a rank" in said(capsys, "simulate", *words, "--methods", "balanced,dynamic")

@@ -1,6 +1,7 @@
 """What a run shows: readable lines, a display that moves, a summary with every promised figure."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -101,6 +102,16 @@ def test_the_summary_holds_every_promised_figure():
     console.print(summary_table(stopped, plot=None))
     assert "stopped by SIGTERM" in console.file.getvalue()
     assert "no held-out pack" in console.file.getvalue()
+    assert "note" not in console.file.getvalue()
+    console.print(summary_table(replace(SUMMARY, note="no group was worth it"), plot=None))
+    assert "no group was worth it" in console.file.getvalue()
+
+
+def test_what_a_model_writes_does_not_steer_the_terminal():
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary_table(replace(SUMMARY, sample="a\x1b[2Jb\x07c\nd"), plot=None))
+    text = console.file.getvalue()
+    assert "a�[2Jb�c" in text and "\x1b" not in text and "\x07" not in text
 
 
 @pytest.mark.parametrize(("kind", "kinds"), [("none", 1), ("plain", 2), ("live", 2), ("auto", 2)])

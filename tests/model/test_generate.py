@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hardy.config import UserError
-from hardy.model.generate import choose, generate
+from hardy.model.generate import NotFiniteError, choose, generate
 from hardy.ops.packed import DocumentLayout
 from hardy.rng import generator_for
 
@@ -56,6 +56,16 @@ def test_training_mode_comes_back(make_decoder):
         model.train(mode)
         generate(model, [1], max_new_tokens=1)
         assert model.training is mode
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_diverged_is_named(make_decoder, temperature, value):
+    decoder = make_decoder()
+    with torch.no_grad():
+        decoder.norm.weight.fill_(value)
+    with pytest.raises(NotFiniteError, match=r"NaN or infinite: training diverged; take an earlier checkpoi"):
+        generate(decoder, [1, 2], temperature=temperature)
 
 
 def test_draws_follow_the_shares():

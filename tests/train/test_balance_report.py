@@ -10,7 +10,14 @@ from hardy.balance.cost import LengthCostModel, SchemeCost
 from hardy.balance.plan import Group, MicroBatch, Plan, Scheme
 from hardy.balance.planner import plan
 from hardy.clock import VirtualClock
-from hardy.train.balance_report import STEPS_LOOKED_AT, UNTIMED_STEPS, CostCheck, OwnTime, works_of
+from hardy.train.balance_report import (
+    STEPS_LOOKED_AT,
+    UNTIMED_STEPS,
+    CostCheck,
+    GroupsFormed,
+    OwnTime,
+    works_of,
+)
 
 STEPS = STEPS_LOOKED_AT + UNTIMED_STEPS
 
@@ -122,3 +129,31 @@ def test_own_time_ends_with_the_last_gradient():
         layers(torch.ones(1, 2)).sum().backward()
     clock.sleep(4.0)  # waiting for others
     assert time.seconds() == 3.0
+
+
+def test_that_no_group_was_formed_is_said_with_what_a_group_would_have_taken():
+    groups, own = GroupsFormed(), cost()
+    assert groups.note(own, 2) is None, "before any step there is nothing to say"
+    for lengths in ([3, 4, 9], [12, 2]):
+        groups.add(plan(lengths, world_size=2, cost=own, mode="dispatch"), lengths)
+    alone, shared = 12 * 12 + 12 + 2, 6 * 12 + 6 + 2
+    assert groups.note(own, 2) == (
+        f"no group of several workers was worth it in 2 steps: by the costs 2 workers that share the longest "
+        f"document (12 tokens) take {shared / alone:.2f} of the time that one takes, and no step would have "
+        f"been shorter"
+    )
+    made = plan([100], world_size=2, cost=own)
+    assert made.groups[-1].scheme.ranks == 2
+    groups.add(made, [100])
+    groups.add(plan([3, 4], world_size=2, cost=own, mode="dispatch"), [3, 4])
+    assert groups.note(own, 2) is None, "one group in a run is enough"
+
+
+def test_a_group_without_documents_is_no_group_that_was_worth_it():
+    groups, both = GroupsFormed(), Group(first_rank=0, scheme=Scheme(context=2))
+    empty = MicroBatch(group=both, sequences=(), tokens=0, cost=0.0)
+    one = MicroBatch(group=Group(first_rank=0, scheme=Scheme()), sequences=(0,), tokens=3, cost=1.0)
+    groups.add(
+        Plan(slots=((empty,), (one,)), world_size=2, objective="lock_step", cost=1.0, lower_bound=1.0), [3]
+    )
+    assert "in 1 steps" in groups.note(cost(), 2)

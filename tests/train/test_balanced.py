@@ -224,10 +224,11 @@ def cost_at(factor):
 
 def test_a_planner_that_is_off_takes_no_settings():
     with pytest.raises(
-        ConfigError, match="balance.cap_tokens=64 mean.* set balance.mode to pack, dispatch or"
+        ConfigError,
+        match="only planners look at balance.cap_tokens=64; set balance.mode to pack, dispatch or",
     ):
         make_config(balance__cap_tokens=64)
-    with pytest.raises(ConfigError, match="balance.long_documents=split and balance.model_error=refit mean"):
+    with pytest.raises(ConfigError, match="balance.long_documents=split and balance.model_error=refit; set"):
         make_config(balance__long_documents="split", balance__model_error="refit")
 
 
@@ -251,3 +252,46 @@ def test_measured_costs_keep_their_cap_unless_told(corpus, tmp_path):
     assert found.schemes[0].cap_tokens == 100
     told = make_config(balance__mode="dispatch", balance__cost=str(path), balance__cap_tokens=72).balance
     assert cost_of(told, shape, cap_tokens=72, recompute=False).schemes[0].cap_tokens == 72
+
+
+@pytest.fixture
+def costs_of_one(corpus, tmp_path):
+    """Return a file with costs of the tests' model, of one worker alone."""
+    shape = assemble(make_config(), Alone(), corpus=corpus, hardware=HARDWARE).worker.model.shape
+    sizes = DecoderSizes(*(getattr(shape, name) for name in DecoderSizes._fields[:-1]))
+    path = tmp_path / "alone.json"
+    analytic_cost(sizes, cap_tokens=100, degrees=(1,)).save(path)
+    return path
+
+
+def test_groups_without_costs_are_refused_before_the_first_step(corpus, costs_of_one):
+    settings = {"balance__cost": str(costs_of_one)}
+    config = make_config(balance__mode="dynamic_cp", **settings)
+
+    def body(comm, config=config):
+        return assemble(config, comm, corpus=corpus, hardware=HARDWARE).plan.batches.closing_note()
+
+    text = r"balance.cost=\S+alone.json has costs of context-parallel degree 1 only, and 2 ranks .*"
+    with pytest.raises(UserError, match=text + "profile --ranks 2 --out FILE.* balance.mode to dispatch"):
+        SimWorld(2).run(body)
+    assert body(Alone()) is None, "one worker alone forms no group anyway"
+    dispatch = make_config(balance__mode="dispatch", **settings)
+    assert SimWorld(2).run(lambda comm: body(comm, dispatch)) == [None, None]
+
+
+@pytest.mark.parametrize("cap_tokens", [48, 64])
+def test_a_run_that_formed_no_group_says_so_at_its_end(corpus, cap_tokens):
+    settings = {"balance__mode": "dynamic_cp", "balance__cap_tokens": cap_tokens}
+    config = make_config(**settings, balance__split_tokens=0, train__steps=3)
+
+    def body(comm):
+        assembly = assemble(config, comm, corpus=corpus, hardware=HARDWARE)
+        batches, groups = assembly.plan.batches, []
+        for step in range(3):
+            batches.at(step, assembly.worker)
+            groups += batches.take_report()["plan_groups"]
+        return max(groups), batches.closing_note()
+
+    for largest, note in SimWorld(2).run(body):
+        assert (largest > 1) == (cap_tokens == 48) == (note is None)
+        assert note is None or "in 3 steps: by the costs 2 workers that share the longest document" in note

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from hardy.config import UserError, from_dict, override, to_dict
 from hardy.train.hooks import Hook
+from hardy.train.loop import Batches
 from hardy.train.metrics import read_metrics
 from hardy.train.run import Surroundings, resume, start
 
@@ -58,6 +59,14 @@ def test_a_run_leaves_everything_it_promises(whole):
     assert first["command"] == ["hardy", "train"]
 
 
+def test_what_batches_say_at_the_end_is_in_the_summary(whole, make_config, around, tmp_path, monkeypatch):
+    assert whole[1].note is None
+    monkeypatch.setattr(Batches, "closing_note", lambda self: "no group was worth it")
+    summary = start(make_config(), tmp_path / "run", around())
+    assert summary.note == "no group was worth it"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["note"] == summary.note
+
+
 def test_a_stopped_run_goes_on_with_the_same_losses(whole, make_config, around, tmp_path):
     stopper = StopAt(3)
     summary = start(make_config(), tmp_path / "run", around(stopper, stop_signal=lambda: stopper.number))
@@ -80,6 +89,12 @@ ADAPTIVE = {
     },
     "train__steps": 10,
 }
+
+
+def test_a_run_that_diverged_is_summed_up_all_the_same(make_config, around, tmp_path, caplog):
+    summary = start(make_config(optim__lr=1e300, train__steps=3), tmp_path / "run", around())
+    assert summary.sample.endswith("⟶") and (tmp_path / "run" / "summary.json").exists()
+    assert "outputs are NaN or infinite: training diverged; take a lower optim.lr" in caplog.text
 
 
 def controlled(run_dir):

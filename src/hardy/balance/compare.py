@@ -11,7 +11,7 @@ from hardy.balance.bounds import Bound
 from hardy.balance.cost import Integers, LengthCostModel
 from hardy.balance.plan import Objective, Plan, Scheme, Slot
 from hardy.balance.planner import finished, plan, sort_lengths
-from hardy.balance.strategies import Strategy, plan_strategies, strategy_text
+from hardy.balance.strategies import Bridge, Strategy, no_bridge, plan_strategies, strategy_text
 from hardy.clock import Clock
 from hardy.config import UserError
 from hardy.rng import numpy_generator_for
@@ -202,6 +202,7 @@ def strategy_methods(
     strategies: Sequence[Strategy],
     context_tokens: int | None = None,
     switch_cost: float = 0.0,
+    bridge: Bridge = no_bridge,
     seed: int = 0,
 ) -> dict[str, Method]:
     """Return methods of free-running replicas by name; the first strategy is the homogeneous one.
@@ -213,6 +214,7 @@ def strategy_methods(
         strategies: candidates; `fixed` and `balanced` keep to the first.
         context_tokens: longest sequence; packs of `fixed` are no longer, or none.
         switch_cost: time to change the strategy.
+        bridge: time that moving weights and gradients takes in each step, as in `plan_strategies`.
         seed: of the rule that draws.
     """
     generator = numpy_generator_for(seed, "balance", "fixed")
@@ -229,10 +231,14 @@ def strategy_methods(
             objective="free_running",
             scheme=scheme,
         )
+        moved = bridge(strategies[0])
+        made = replace(made, cost=made.cost + moved, lower_bound=made.lower_bound + moved)
         return made, strategy_text(strategies[0])
 
     def balanced(batch: Integers) -> tuple[Plan, str]:
-        choice = plan_strategies(batch, world_size=world_size, cost=cost, strategies=strategies[:1])
+        choice = plan_strategies(
+            batch, world_size=world_size, cost=cost, strategies=strategies[:1], bridge=bridge
+        )
         return choice.plan, strategy_text(strategies[0])
 
     before: list[int | None] = [None]
@@ -245,13 +251,14 @@ def strategy_methods(
             strategies=strategies,
             previous=before[0],
             switch_cost=switch_cost,
+            bridge=bridge,
         )
         before[0] = choice.index
         return choice.plan, strategy_text(strategies[choice.index])
 
     def bucketed(batch: Integers) -> tuple[Plan, str]:
         equal = [strategy for strategy in strategies if len(set(strategy)) == 1]
-        return _bucketed(batch, world_size=world_size, cost=cost, strategies=equal)
+        return _bucketed(batch, world_size=world_size, cost=cost, strategies=equal, bridge=bridge)
 
     known: dict[str, Method] = {
         "fixed": fixed,
@@ -273,7 +280,12 @@ def _capped(cost: LengthCostModel, tokens: int) -> LengthCostModel:
 
 
 def _bucketed(
-    batch: Integers, *, world_size: int, cost: LengthCostModel, strategies: Sequence[Strategy]
+    batch: Integers,
+    *,
+    world_size: int,
+    cost: LengthCostModel,
+    strategies: Sequence[Strategy],
+    bridge: Bridge,
 ) -> tuple[Plan, str]:
     """Return the parts of a batch by length one after the other, each with its best equal replicas."""
     tokens, order = sort_lengths(batch)
@@ -283,11 +295,15 @@ def _bucketed(
     chosen: list[str] = []
     for place in sorted(set(places.tolist()), reverse=True):
         members = np.flatnonzero(places == place)
-        choice = plan_strategies(batch[members], world_size=world_size, cost=cost, strategies=strategies)
+        choice = plan_strategies(
+            batch[members], world_size=world_size, cost=cost, strategies=strategies, bridge=bridge
+        )
         time += choice.plan.cost
         chosen.append(strategy_text(strategies[choice.index]))
         slots += [_renamed(slot, members) for slot in choice.plan.slots]
-    whole = plan_strategies(tokens, world_size=world_size, cost=cost, strategies=strategies).plan
+    whole = plan_strategies(
+        tokens, world_size=world_size, cost=cost, strategies=strategies, bridge=bridge
+    ).plan
     bound = Bound(min(whole.lower_bound, time), None)
     made = finished(slots, bound, order, world_size=world_size, objective="free_running", cost=time)
     return made, "; ".join(chosen)

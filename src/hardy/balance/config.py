@@ -46,8 +46,8 @@ class BalanceConfig(Config):
         ]
         if self.mode == "none" and unseen:
             raise ConfigError(
-                f"{' and '.join(unseen)} mean something to planners only; set balance.mode to pack, dispatch "
-                f"or dynamic_cp, or leave {'it' if len(unseen) == 1 else 'them'} out"
+                f"only planners look at {' and '.join(unseen)}; set balance.mode to pack, dispatch or "
+                f"dynamic_cp, or leave {'it' if len(unseen) == 1 else 'them'} out"
             )
 
 

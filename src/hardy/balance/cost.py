@@ -101,6 +101,31 @@ class LengthCostModel:
             raise UserError(f"the cost model has no context-parallel scheme for {world_size} ranks")
         return tuple(sorted(found, key=lambda cost: cost.scheme))
 
+    def forms_groups(self, world_size: int) -> bool:
+        """Return whether several of so many ranks may share a document, by context parallelism."""
+        return any(own.scheme.ranks > 1 for own in self.context_schemes(world_size))
+
+    def check_groups(self, world_size: int, *, source: str, way_out: str) -> None:
+        """Refuse costs by which several ranks could never form a group; one rank alone needs none.
+
+        Args:
+            world_size: ranks.
+            source: where the costs come from, for the error.
+            way_out: what can be asked for instead of groups, for the error.
+
+        Raises:
+            UserError: names the degrees that have costs, and the ways out.
+        """
+        if world_size == 1 or self.forms_groups(world_size):
+            return
+        degrees = sorted(own.scheme.context for own in self.schemes if own.scheme.ranks == own.scheme.context)
+        raise UserError(
+            f"{source} has costs of context-parallel degree {', '.join(map(str, degrees))} only, and "
+            f"{world_size} ranks need others to form groups that share a document; make it again with "
+            f"`hardy balance profile --ranks {world_size} --out FILE` (--workers {world_size} times groups, "
+            f"else they are derived), or {way_out}"
+        )
+
     def with_cap(self, cap_tokens: int) -> "LengthCostModel":
         """Return the model with at most `cap_tokens` tokens for each rank of context parallelism."""
         return replace(

@@ -8,7 +8,7 @@ state.
 import math
 from typing import NamedTuple
 
-from hardy.balance.cost import LengthCostModel, SchemeCost
+from hardy.balance.cost import DecoderSizes, LengthCostModel, SchemeCost
 from hardy.balance.cost_tables import (
     FLEXSP,
     FLEXSP_BANDWIDTH,
@@ -24,6 +24,7 @@ MIB = 2**20
 ALPHA = 0.75
 """Optimizer state among all model state: 12 of 16 bytes."""
 CAP_MULTIPLE = 128
+HEAD_SIZE = 128
 FLEXSP_GPUS = 64
 FLEXSP_GPU_MIB = 30 * 1024
 
@@ -64,6 +65,25 @@ def cost_preset(name: str) -> LengthCostModel:
     if name in FLEXSP:
         return flexsp_cost(name)
     raise UserError(unknown_name(name, "cost preset", [*HYDRAULIS, *FLEXSP]))
+
+
+def preset_sizes(name: str) -> DecoderSizes:
+    """Return the sizes of a Hydraulis preset's model, as far as they are published.
+
+    Layers, hidden size and vocabulary are; a layer is taken to have the usual 12 H^2 weights, heads of 128.
+    """
+    machine = HYDRAULIS[name]
+    heads = machine.hidden_size // HEAD_SIZE
+    return DecoderSizes(
+        num_layers=machine.num_layers,
+        hidden_size=machine.hidden_size,
+        intermediate_size=4 * machine.hidden_size,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_size=HEAD_SIZE,
+        vocab_size=machine.vocab_size,
+        ffn_matrices=2,
+    )
 
 
 def hydraulis_cost(machine: Machine, *, layout: OptimizerLayout, source: str) -> LengthCostModel:

@@ -92,7 +92,8 @@ class Plan:
     world_size: int
     objective: Objective
     cost: float
-    """Predicted time of the step, in the cost model's unit, what a change of groups costs included."""
+    """Predicted time of the step, in the cost model's unit; what moving weights and changing groups costs
+    included."""
     lower_bound: float
     """No plan for the same lengths, ranks and allowed schemes is faster."""
     bound_by: int | None = None

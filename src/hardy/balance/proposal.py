@@ -14,7 +14,7 @@ import numpy as np
 from hardy.balance.bounds import replicas_bound
 from hardy.balance.cost import Floats, Integers, LengthCostModel, SchemeCost
 from hardy.balance.plan import Scheme
-from hardy.balance.strategies import Strategy, plan_strategies
+from hardy.balance.strategies import Bridge, Strategy, no_bridge, plan_strategies
 from hardy.config import UserError
 
 MOST_KEPT = 8
@@ -162,6 +162,7 @@ def propose(
     candidates: Sequence[Strategy],
     first: Strategy | None = None,
     most: int = MOST_KEPT,
+    bridge: Bridge = no_bridge,
 ) -> Proposal:
     """Return strategies selected by planning sampled batches: each added one shortens the mean step most.
 
@@ -172,6 +173,7 @@ def propose(
         candidates: to select from.
         first: the strategy to begin with, the optimizer's own; none begins with the best single one.
         most: strategies at most.
+        bridge: time that moving weights and gradients takes in each step, as in `plan_strategies`.
 
     Raises:
         UserError: no candidate holds all batches.
@@ -190,10 +192,10 @@ def propose(
         if max(cost.of(scheme).cap_tokens for scheme in every[strategy]) < int(given.max()):
             return float("inf")
         return plan_strategies(
-            given, world_size=world_size, cost=cost, strategies=[every[strategy]]
+            given, world_size=world_size, cost=cost, strategies=[every[strategy]], bridge=bridge
         ).plan.cost
 
-    bounds = np.stack([_bounds(strategy, batches, cost) for strategy in every])
+    bounds = np.stack([_bounds(strategy, batches, cost) + bridge(strategy) for strategy in every])
     best = np.full(len(batches), np.inf)
     kept: list[int] = []
     means: list[float] = []

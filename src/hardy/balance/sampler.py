@@ -256,6 +256,8 @@ class BalancedBatchSampler:
         """Refuse documents that fit nowhere now rather than at the step that holds them."""
         cost, lengths = self.planning.cost, self.batches.lengths
         shared = self.planning.mode == "dynamic_cp"
+        if shared:
+            cost.check_groups(self.world_size, source="planning.cost", way_out="take mode='dispatch'")
         allowed = cost.context_schemes(self.world_size) if shared else (cost.of(Scheme()),)
         most, longest = max(each.cap_tokens for each in allowed), int(lengths.argmax())
         if lengths[longest] > most:

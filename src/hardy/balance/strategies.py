@@ -1,11 +1,12 @@
 """Which replicas to form for this batch: the best of a few strategies, with what it costs to change.
 
 Paper: Hydraulis (arXiv 2412.07894). A *strategy* is a multiset of schemes, one for each replica; replicas run
-freely and meet once a step. The cost of going over to another strategy (bytes moved over bandwidth) is part
-of what is minimised; among equals the strategy of the step before stays.
+freely and meet once a step. What every step of a strategy moves (the *bridge*: weights to its replicas,
+gradients back) and what it takes to go over to another one are part of what is minimised; among equals the
+strategy of the step before stays.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hardy.balance.bounds import Bound, replicas_bound
@@ -15,6 +16,13 @@ from hardy.balance.planner import SequenceTooLongError, finished, lay_out, repli
 from hardy.config import UserError
 
 Strategy = tuple[Scheme, ...]
+Bridge = Callable[[Strategy], float]
+"""Time that a step takes to bring weights to a strategy's replicas and gradients back, in the costs' unit."""
+
+
+def no_bridge(_: Strategy) -> float:
+    """Return 0: where nothing moves, or it is not counted."""
+    return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,8 @@ class _Option:
     index: int
     replicas: list[SchemeCost]
     bound: Bound
-    switch: float
+    extra: float
+    """Time that is not computing: the bridge, and going over to this strategy."""
 
 
 def strategy_text(strategy: Strategy) -> str:
@@ -50,6 +59,7 @@ def plan_strategies(
     strategies: Sequence[Strategy],
     previous: int | None = None,
     switch_cost: float = 0.0,
+    bridge: Bridge = no_bridge,
 ) -> Choice:
     """Return the strategy with the shortest step for these lengths, and its plan.
 
@@ -60,6 +70,8 @@ def plan_strategies(
         strategies: what to choose from.
         previous: index of the strategy of the step before; staying with it costs nothing.
         switch_cost: time that any other strategy takes to set up, in the cost model's unit.
+        bridge: time that moving weights and gradients takes in each step, by strategy, such as the
+            `BridgeTime` of hardy.distributed.balance.bridge_time.
 
     Raises:
         UserError: a strategy needs more ranks than there are, or none holds the longest sequence.
@@ -80,27 +92,29 @@ def plan_strategies(
         largest = max(largest, holds)
         if holds >= int(tokens[0]):
             switch = 0.0 if previous is None or index == previous else switch_cost
-            options.append(_Option(index, replicas, replicas_bound(tokens, replicas), switch))
+            options.append(
+                _Option(index, replicas, replicas_bound(tokens, replicas), bridge(strategy) + switch)
+            )
     if not options:
         raise SequenceTooLongError(int(order[0]), int(tokens[0]), largest)
     # The strategy of the step before first, so that a tie keeps it; then the most promising.
     options.sort(
-        key=lambda option: (option.index != previous, option.bound.time + option.switch, option.index)
+        key=lambda option: (option.index != previous, option.bound.time + option.extra, option.index)
     )
     best: tuple[float, _Option, list[Slot]] | None = None
     considered = 0
     for option in options:
-        if best is not None and option.bound.time + option.switch >= best[0]:
+        if best is not None and option.bound.time + option.extra >= best[0]:
             continue
         for work in replicas_work(tokens, option.replicas):
             slots = lay_out(work, tokens, order)
-            time = step_time(slots, "free_running") + option.switch
+            time = step_time(slots, "free_running") + option.extra
             if best is None or time < best[0] * (1 - 1e-12):
                 best = (time, option, slots)
         considered += 1
     assert best is not None, "free-running replicas hold whatever one of them holds"
     time, chosen, slots = best
-    least = min(options, key=lambda option: option.bound.time + option.switch)
-    bound = Bound(least.bound.time + least.switch, least.bound.alone)
+    least = min(options, key=lambda option: option.bound.time + option.extra)
+    bound = Bound(least.bound.time + least.extra, least.bound.alone)
     made = finished(slots, bound, order, world_size=world_size, objective="free_running", cost=time)
     return Choice(index=chosen.index, plan=made, considered=considered)

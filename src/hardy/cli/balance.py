@@ -1,6 +1,7 @@
 """The verb `balance`: how batches of mixed lengths would be planned; all but `profile` is arithmetic."""
 
 import argparse
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from hardy.balance.strategies import Strategy
 
 ACTIONS = ("analyze", "plan", "simulate", "propose", "profile")
+BRIDGE_GB_S = 10.0
+"""About the published all-to-all of 16 A800s (10.33 GB/s), the fewest of FlexSP's that leave a node."""
 SCHEME = re.compile(r"(?P<count>\d+)x(?P<degrees>(?:\s*(?:tp|pp|cp)\d+)+)")
 
 
@@ -44,6 +47,13 @@ def add_balance(parser: Parser) -> None:
     add("--methods", metavar="A,B", help="of simulate; the first is what others are measured by")
     add("--strategies", metavar="TEXT", help="'published', or such as '4x tp16 | 1x tp16 + 6x tp8'")
     add("--switch-cost", type=float, default=0.0, metavar="T", help="time to change the strategy")
+    add(
+        "--bridge-bandwidth",
+        type=float,
+        default=BRIDGE_GB_S,
+        metavar="GB/S",
+        help="of a rank, for weights that move to replicas (default: 10, assumed; 0: not counted)",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of what is drawn")
     add("--png", type=Path, metavar="FILE", help="of plan: the timeline as a picture")
     add("--out", type=Path, metavar="FILE", help="of profile: where the cost goes")
@@ -111,6 +121,11 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= arguments.bridge_bandwidth < math.inf:
+        raise UserError(
+            f"--bridge-bandwidth must be a number of GB/s from 0 on, got "
+            f"{arguments.bridge_bandwidth:g}; 0 does not count the bridge"
+        )
     if arguments.sequences and arguments.tokens:
         raise UserError("--sequences and --tokens are two ways to say one thing; give one of them")
 

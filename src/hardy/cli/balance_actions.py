@@ -23,11 +23,14 @@ from hardy.balance.proposal import candidate_strategies, propose, trace_strategi
 from hardy.balance.strategies import plan_strategies, strategy_text
 from hardy.balance.timeline import timeline
 from hardy.cli.balance import Case
+from hardy.cli.balance_bridge import bridge_of
 from hardy.clock import WallClock
 from hardy.optim.table_text import aligned
 
 SAMPLED = 12
 """Batches on which strategies are selected."""
+GROUPED = ("static_cp", "batch_cp", "dynamic_cp")
+"""Methods whose groups have several ranks."""
 Said = tuple[dict[str, Any], list[str]]
 """The same for machines and for readers."""
 
@@ -58,6 +61,7 @@ def _analyze(arguments: argparse.Namespace, case: Case) -> Said:
         "percentiles " + ", ".join(f"{p}%: {n:,}" for p, n in told["percentiles"].items()),
         f"the longest hundredth has {told['tokens_of_longest_percent']:.0%} of the tokens and "
         f"{told['attention_of_longest_percent']:.0%} of the squares",
+        *_told_before(arguments, case),
         "",
         *_table(rows, case.cost.unit),
         "",
@@ -68,12 +72,22 @@ def _analyze(arguments: argparse.Namespace, case: Case) -> Said:
 
 def _plan(arguments: argparse.Namespace, case: Case) -> Said:
     lengths = case.batches[0]
+    bridge, chosen = bridge_of(arguments, case.cost), None
     if case.strategies:
         choice = plan_strategies(
-            lengths, world_size=arguments.ranks, cost=case.cost, strategies=case.strategies
+            lengths,
+            world_size=arguments.ranks,
+            cost=case.cost,
+            strategies=case.strategies,
+            bridge=bridge.time,
         )
-        made, layout = choice.plan, strategy_text(case.strategies[choice.index])
+        chosen = case.strategies[choice.index]
+        made, layout = choice.plan, strategy_text(chosen)
     else:
+        if arguments.mode == "dynamic_cp":
+            case.cost.check_groups(
+                arguments.ranks, source=f"--cost {arguments.cost}", way_out="take --mode dispatch"
+            )
         made = plan(
             lengths,
             world_size=arguments.ranks,
@@ -92,6 +106,7 @@ def _plan(arguments: argparse.Namespace, case: Case) -> Said:
         "gap": made.gap,
         "idle_share": made.idle_share,
         "bound_by": made.bound_by,
+        "bridge": bridge.said,
         "hash": made.hash(),
         "slots": [[dataclasses.asdict(batch) for batch in slot] for slot in made.slots],
         "files": files,
@@ -102,6 +117,7 @@ def _plan(arguments: argparse.Namespace, case: Case) -> Said:
         f"predicted {made.cost:,.1f} {case.cost.unit}, lower bound {made.lower_bound:,.1f}, "
         f"gap {made.gap:.2%}, idle {made.idle_share:.1%}, hash {made.hash():016x}",
         *([f"note: {warned}"] if warned else []),
+        *([bridge.said + bridge.of(chosen, case.cost.unit)] if chosen else []),
         *timeline(made),
         *(f"wrote {path}" for path in files),
     ]
@@ -121,16 +137,31 @@ def _simulate(arguments: argparse.Namespace, case: Case) -> Said:
     lines = [
         f"{len(case.batches)} batches, {sum(map(len, case.batches)):,} sequences, {case.changed} were too "
         f"long ({arguments.overlong}); predicted, nothing is trained",
+        *_told_before(arguments, case),
         "",
         *_table(rows, case.cost.unit),
     ]
     for row in rows:
         often = sorted(row.layouts.items(), key=lambda item: -item[1])[:3]
         lines.append(f"{row.method}: " + ", ".join(f"{n}x [{layout}]" for layout, n in often))
-    return {"methods": _plain(rows), "unit": case.cost.unit, "changed": case.changed}, lines
+    told = {"methods": _plain(rows), "unit": case.cost.unit, "changed": case.changed}
+    return told | {"notes": _told_before(arguments, case)}, lines
+
+
+def _told_before(arguments: argparse.Namespace, case: Case) -> list[str]:
+    """Return what is said before a table of methods: of the bridge, or of groups that have no costs."""
+    if case.strategies:
+        return [bridge_of(arguments, case.cost).said]
+    if case.cost.forms_groups(arguments.ranks) or arguments.ranks == 1:
+        return []
+    return [f"--cost {arguments.cost} has no costs of groups: ways of planning that form groups are left out"]
 
 
 def _propose(arguments: argparse.Namespace, case: Case) -> Said:
+    if all(own.scheme.ranks == 1 for own in case.cost.schemes):
+        way_out = "take a cost of several schemes"
+        case.cost.check_groups(arguments.ranks, source=f"--cost {arguments.cost}", way_out=way_out)
+    bridge, unit = bridge_of(arguments, case.cost), case.cost.unit
     longest = max(int(batch.max()) for batch in case.batches)
     traces = trace_strategies(
         np.concatenate(case.batches),
@@ -140,15 +171,27 @@ def _propose(arguments: argparse.Namespace, case: Case) -> Said:
     )
     candidates = candidate_strategies(case.cost, world_size=arguments.ranks, longest=longest)
     found = propose(
-        case.batches[:SAMPLED], world_size=arguments.ranks, cost=case.cost, candidates=[*candidates, *traces]
+        case.batches[:SAMPLED],
+        world_size=arguments.ranks,
+        cost=case.cost,
+        candidates=[*candidates, *traces],
+        bridge=bridge.time,
     )
     texts = [strategy_text(strategy) for strategy in found.strategies]
-    told = {"strategies": texts, "times": found.times, "candidates": found.num_candidates}
+    told = {
+        "strategies": texts,
+        "times": found.times,
+        "bridge_times": [bridge.time(strategy) for strategy in found.strategies],
+        "bridge": bridge.said,
+        "candidates": found.num_candidates,
+    }
     lines = [f"from {found.num_candidates} candidates on {min(SAMPLED, len(case.batches))} batches:"]
     lines += [
-        f"  {time:>10,.1f} {case.cost.unit} with {'' if k == 0 else 'also '}{text}"
-        for k, (text, time) in enumerate(zip(texts, found.times, strict=True))
+        f"  {time:>10,.1f} {unit} with {'' if k == 0 else 'also '}{texts[k]}"
+        f"{bridge.of(found.strategies[k], unit)}"
+        for k, time in enumerate(found.times)
     ]
+    lines.append(bridge.said)
     lines.append(f"--strategies '{' | '.join(texts)}'")
     return told, lines
 
@@ -167,8 +210,12 @@ def _methods(arguments: argparse.Namespace, case: Case) -> Mapping[str, Method]:
             strategies=case.strategies,
             context_tokens=arguments.context,
             switch_cost=arguments.switch_cost,
+            bridge=bridge_of(arguments, case.cost).time,
             seed=arguments.seed,
         )
+    if chosen and not set(GROUPED).isdisjoint(chosen):
+        way_out = "take --methods without them"
+        case.cost.check_groups(arguments.ranks, source=f"--cost {arguments.cost}", way_out=way_out)
     return rank_methods(
         chosen or _possible(arguments, case),
         world_size=arguments.ranks,
@@ -186,7 +233,9 @@ def _possible(arguments: argparse.Namespace, case: Case) -> list[str]:
     schemes = {own.scheme: own for own in case.cost.schemes}
     own = schemes.get(Scheme(context=arguments.degree))
     fits = own is not None and own.cap_tokens >= longest and arguments.ranks % arguments.degree == 0
-    return [*(equal if fits else []), "static_cp", "batch_cp", "dynamic_cp"]
+    if fits and arguments.ranks > 1 and not case.cost.forms_groups(arguments.ranks):
+        return equal
+    return [*(equal if fits else []), *GROUPED]
 
 
 def _table(rows: Sequence[Row], unit: str) -> Iterator[str]:

@@ -178,8 +178,9 @@ def summary_table(summary: Summary, *, plot: Path | None) -> Table:
         "skipped steps": f"{summary.skipped_steps}",
         "run folder": summary.run_dir,
         "plot": str(plot) if plot else "none",
-        "sample": summary.sample,
+        "sample": "".join(c if c.isprintable() or c == "\n" else "�" for c in summary.sample),
     }
+    rows |= {} if summary.note is None else {"note": summary.note}
     table.add_column("what", style="bold")
     table.add_column("value", overflow="fold")
     for name, value in rows.items():

@@ -16,6 +16,10 @@ from hardy.ops.packed import DocumentLayout
 from hardy.rng import generator_for
 
 
+class NotFiniteError(UserError):
+    """The model's weights are NaN or infinite, so nothing can be drawn from it."""
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -46,6 +50,7 @@ def generate(
 
     Raises:
         UserError: an empty or too long prompt, or a number out of range.
+        NotFiniteError: the model gives NaN or infinite numbers.
     """
     context_tokens = getattr(model, "context_tokens", None)
     _check(prompt_ids, context_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -66,6 +71,11 @@ def generate(
             with _uncompiled():
                 logits_TV = model(tokens_T, layout) if cache is None else model(tokens_T, layout, None, cache)
             logits_V = logits_TV[-1].double().cpu()
+            if not logits_V.max().isfinite():
+                raise NotFiniteError(
+                    "the model's outputs are NaN or infinite: training diverged; take an earlier checkpoint "
+                    "(--step N), or train again with a lower optim.lr"
+                )
             token = choose(logits_V, generator=generator, temperature=temperature, top_k=top_k, top_p=top_p)
             text.append(token)
             unread = list(text) if cache is None else [token]

@@ -19,7 +19,7 @@ from torch import Tensor
 from hardy.config import UserError, unknown_name
 from hardy.ops.attention_backends import CAUSAL, AttentionRule, dense_attention, reference_attention
 from hardy.ops.attention_kernels import flex_attention, varlen_attention
-from hardy.ops.packed import DocumentLayout
+from hardy.ops.packed import Borders, DocumentLayout
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class _Implementation(Protocol):
         query_THK: Tensor,
         key_THK: Tensor,
         value_THK: Tensor,
-        queries: DocumentLayout,
+        queries: Borders,
         *,
-        keys: DocumentLayout,
+        keys: Borders,
         rule: AttentionRule,
     ) -> Tensor: ...
 
@@ -76,9 +76,9 @@ def packed_attention(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THK: Tensor,
-    queries: DocumentLayout,
+    queries: Borders,
     *,
-    keys: DocumentLayout | None = None,
+    keys: Borders | None = None,
     rule: AttentionRule = CAUSAL,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -181,9 +181,9 @@ def _check_shapes(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THK: Tensor,
-    queries: DocumentLayout,
+    queries: Borders,
     *,
-    keys: DocumentLayout,
+    keys: Borders,
     rule: AttentionRule,
 ) -> None:
     """Refuse tensors and layouts that do not belong together."""

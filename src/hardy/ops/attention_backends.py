@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hardy.config import UserError
-from hardy.ops.packed import DocumentLayout
+from hardy.ops.packed import Borders
 from hardy.ops.rows import from_rows, plan_rectangles, to_rows
 
 DENSE_MOST_TOKENS = 8192
@@ -69,9 +69,9 @@ def sees(same: Tensor, lead: Tensor, *, rule: AttentionRule) -> Tensor:
     return same if rule.window is None else same & (lead <= rule.window)
 
 
-def documents_and_places(layout: DocumentLayout, *, counterpart: DocumentLayout) -> tuple[Tensor, Tensor]:
+def documents_and_places(layout: Borders, *, counterpart: Borders) -> tuple[Tensor, Tensor]:
     """Return each token's document, and its place when the documents end where those of `counterpart` do."""
-    device = layout.positions_T.device
+    device = layout.cumulative_S.device
     counts_B = layout.cumulative_S.diff()
     document_T = torch.repeat_interleave(
         torch.arange(len(layout.lengths), device=device), counts_B, output_size=layout.num_tokens
@@ -84,9 +84,9 @@ def reference_attention(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THK: Tensor,
-    queries: DocumentLayout,
+    queries: Borders,
     *,
-    keys: DocumentLayout,
+    keys: Borders,
     rule: AttentionRule,
 ) -> Tensor:
     """Attend document by document; documents of (nearly) equal length go through one call.
@@ -107,9 +107,9 @@ def dense_attention(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THK: Tensor,
-    queries: DocumentLayout,
+    queries: Borders,
     *,
-    keys: DocumentLayout,
+    keys: Borders,
     rule: AttentionRule,
 ) -> Tensor:
     """Attend with one call and a mask of (queries, keys) that is false across documents.
@@ -170,7 +170,7 @@ def _split_runs(
 
 
 def _attend_in_rectangles(
-    inputs: tuple[Tensor, Tensor, Tensor], layout: DocumentLayout, *, rule: AttentionRule
+    inputs: tuple[Tensor, Tensor, Tensor], layout: Borders, *, rule: AttentionRule
 ) -> Tensor:
     """Attend with as many causal queries as keys: like lengths share a call, padded behind their ends."""
     rectangles = plan_rectangles(layout.lengths, device=inputs[0].device)

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention as torch_flex_atten
 from hardy._compat import varlen_attention as torch_varlen_attention
 from hardy.config import UserError
 from hardy.ops.attention_backends import AttentionRule, documents_and_places, sees
-from hardy.ops.packed import DocumentLayout
+from hardy.ops.packed import Borders
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -25,9 +25,9 @@ def varlen_attention(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THK: Tensor,
-    queries: DocumentLayout,
+    queries: Borders,
     *,
-    keys: DocumentLayout,
+    keys: Borders,
     rule: AttentionRule,
 ) -> Tensor:
     """Attend by `torch.nn.attention.varlen.varlen_attn`; fp32 tensors are cast to the autocast dtype.
@@ -74,9 +74,9 @@ def flex_attention(
     query_THK: Tensor,
     key_THK: Tensor,
     value_THK: Tensor,
-    queries: DocumentLayout,
+    queries: Borders,
     *,
-    keys: DocumentLayout,
+    keys: Borders,
     rule: AttentionRule,
 ) -> Tensor:
     """Attend by compiled FlexAttention; the block mask of a layout is kept for the layers that follow."""
@@ -104,7 +104,7 @@ def _block_mask(
     query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], rule: AttentionRule, device: torch.device
 ) -> BlockMask:
     """Return the block mask of a layout; pure in its arguments, hence kept."""
-    queries, keys = (DocumentLayout.from_lengths(x, device=device) for x in (query_lengths, key_lengths))
+    queries, keys = (Borders.of(x).to(device) for x in (query_lengths, key_lengths))
     query_document_T, query_place_T = documents_and_places(queries, counterpart=keys)
     key_document_T, key_place_T = documents_and_places(keys, counterpart=keys)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,6 +149,37 @@ class CostCheck:
 
     def _scaled(self) -> LengthCostModel:
         return rescaled(self.cost, 1e3 * median(self._ratios))
+
+
+class GroupsFormed:
+    """Whether plans ever let several workers share a document, and if not, why not."""
+
+    def __init__(self) -> None:
+        self._steps, self._longest, self._any = 0, 0, False
+
+    def add(self, made: Plan, lengths: Sequence[int]) -> None:
+        """Take in a step's plan and the tokens of its documents."""
+        self._steps += 1
+        self._longest = max(self._longest, *lengths)
+        shared = (b.sequences for slot in made.slots for b in slot if b.group.scheme.ranks > 1)
+        self._any = self._any or any(shared)
+
+    def note(self, cost: LengthCostModel, num_workers: int) -> str | None:
+        """Return a line where no group was formed in any step, else none."""
+        if self._any or not self._steps:
+            return None
+        longest = np.array([self._longest])
+        alone, *groups = cost.context_schemes(num_workers)
+        shares = {
+            own.scheme.ranks: float(own.times(longest)[0] + own.c) / float(alone.times(longest)[0] + alone.c)
+            for own in groups
+        }
+        workers = min(shares, key=lambda ranks: shares[ranks])
+        return (
+            f"no group of several workers was worth it in {self._steps} steps: by the costs {workers} "
+            f"workers that share the longest document ({self._longest:,} tokens) take {shares[workers]:.2f} "
+            f"of the time that one takes, and no step would have been shorter"
+        )
 
 
 def works_of(made: Plan, lengths: Sequence[int], seconds: Sequence[float]) -> list[Work]:

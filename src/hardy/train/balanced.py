@@ -26,7 +26,7 @@ from hardy.distributed.comm import Communicator
 from hardy.distributed.sharded import bare
 from hardy.model.presets import DecoderShape
 from hardy.ops.packed import PackedBatch
-from hardy.train.balance_report import CostCheck, OwnTime
+from hardy.train.balance_report import CostCheck, GroupsFormed, OwnTime
 from hardy.train.config import TrainConfig
 from hardy.train.plan import RunPlan
 from hardy.train.step import Worker
@@ -85,6 +85,7 @@ class BalancedBatches:
         self.micro_packs, self.planning, self._vocab_size = micro_packs, planning, vocab_size
         self._stream, self._batch_packs, self._planned = stream, batch_packs, planned
         self._cap_tokens = planning.cap_tokens(planned.comm.size)
+        self._groups = GroupsFormed() if planning.mode == "dynamic_cp" and planned.comm.size > 1 else None
         self._check = CostCheck(planning.cost, refit=planning.model_error == "refit")
         self._batch: tuple[int, Batch] | None = None
         self._time: OwnTime | None = None
@@ -142,10 +143,16 @@ class BalancedBatches:
             "plan_padding_share": 1 - sum(tokens) / sum(rows),
             "plan_shared_share": sum(shared) / sum(tokens),
         }
+        if self._groups is not None:
+            self._groups.add(made, lengths)
         fitted = check.add(made, lengths, seconds)
         if fitted is not None:
             check.use(of_first(fitted, comm))
         return report | {"plan_model_error": check.error}
+
+    def closing_note(self) -> str | None:
+        """Return why no group was formed, where groups were asked for and none was; else none."""
+        return None if self._groups is None else self._groups.note(self._check.cost, self._planned.comm.size)
 
     def _pieces_of(self, step: int) -> "Batch":
         """Return the pieces of a global batch, none longer than a group holds."""
@@ -215,7 +222,8 @@ def balanced_batches(
 
     Raises:
         ConfigError: settings that a plan cannot be made with.
-        UserError: the file of costs cannot be read, or is of another model; a document is too long.
+        UserError: the file of costs cannot be read, is of another model, or has none of groups, which
+            dynamic_cp forms; a document is too long.
     """
     balance = config.balance
     assert balance.mode != "none", "asked for where there is a plan"
@@ -231,6 +239,9 @@ def balanced_batches(
         cap_tokens=balance.cap_tokens or sizes.micro.packs * config.data.pack_tokens,
         recompute=config.model.recompute != "nothing",
     )
+    if balance.mode == "dynamic_cp":
+        way_out = "set balance.mode to dispatch, which balances without groups"
+        cost.check_groups(comm.size, source=f"balance.cost={balance.cost}", way_out=way_out)
     planning = Planning(
         mode=balance.mode,
         # FSDP2 gathers weights in every micro-batch, so workers meet there; under DDP only once a step.

@@ -38,6 +38,8 @@ class Summary:
     sample: str
     stopped_by: str | None
     """None for a finished run, else the signal's name."""
+    note: str | None = None
+    """What to know of how batches were planned, such as that no group of workers was ever formed."""
 
 
 class Hook:

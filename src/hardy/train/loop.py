@@ -83,6 +83,10 @@ class BatchSource(Protocol):
         """Return what there is to say of the last step's micro-batches, for the metrics, once."""
         ...
 
+    def closing_note(self) -> str | None:
+        """Return what to know of the whole run's micro-batches, one line for its summary, if anything."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
@@ -108,6 +112,10 @@ class Batches:
     def take_report(self) -> dict[str, Any]:
         """Return nothing: every worker has as many packs."""
         return {}
+
+    def closing_note(self) -> str | None:
+        """Return none."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)

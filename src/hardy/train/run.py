@@ -16,7 +16,7 @@ from hardy.config import UserError, to_dict
 from hardy.data.corpus import Corpus, prepare
 from hardy.distributed.comm import Alone, Communicator, join_world, leave_world, lost_workers_named
 from hardy.distributed.sharded import bare
-from hardy.model.generate import generate
+from hardy.model.generate import NotFiniteError, generate
 from hardy.optim.build import hyperparameters, set_hyperparameters
 from hardy.train.checkpoint import CheckpointStore
 from hardy.train.config import TrainConfig
@@ -173,6 +173,7 @@ def _train(
         skipped_steps=progress.skipped,
         sample=text,
         stopped_by=signal.Signals(stopped_by).name if stopped_by else None,
+        note=assembly.plan.batches.closing_note(),
     )
     if is_first or (assembly.outer is not None and leads(assembly.outer, assembly.grid.replica)):
         replace_json(folder.summary_file, asdict(summary))
@@ -396,7 +397,10 @@ def sample(assembly: Assembly, corpus: Corpus) -> str:
     """
     store = corpus.validation if corpus.validation.num_documents else corpus.train
     prompt = store.document(0)[:PROMPT_TOKENS].tolist()
-    added = generate(
-        bare(assembly.worker.model), prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0
-    )
+    model = bare(assembly.worker.model)
+    try:
+        added = generate(model, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, top_k=50, seed=0)
+    except NotFiniteError:  # of a sharded model all workers see it at the same token
+        logger.warning("the model's outputs are NaN or infinite: training diverged; take a lower optim.lr")
+        added = []
     return f"{corpus.tokenizer.decode(prompt)}⟶{corpus.tokenizer.decode(added)}"

@@ -177,3 +177,17 @@ def test_bytes_are_what_is_held_less_what_is_owned_too():
                 own = held.common(cut.owned(rank, world_size=world_size)) if held != NOTHING else NOTHING
                 received += 3 * (len(held) - len(own))
             assert sum(bridge_bytes([(cut, 3)], replicas, world_size).weights) == received
+
+
+def test_only_owners_of_held_rows_are_looked_at_and_none_is_missed():
+    for size in (1, 3, 24, 25):
+        for world_size in (1, 2, 4, 7):
+            cut = Cut(size=size, shared=False)
+            for rank in range(world_size):
+                replicas = replicas_of((1,), first_rank=rank)
+                told = [
+                    row
+                    for p in weight_pieces(cut, replicas, world_size)
+                    for row in range(p.rows.start, p.rows.stop)
+                ]
+                assert told == list(range(size))

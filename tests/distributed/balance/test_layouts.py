@@ -15,7 +15,7 @@ from hardy.distributed.balance.layouts import (
     ulysses_layout,
 )
 from hardy.distributed.simulation import SimWorld
-from hardy.ops.packed import IGNORED_LABEL, DocumentLayout, PackedBatch
+from hardy.ops.packed import IGNORED_LABEL, Borders, DocumentLayout, PackedBatch
 
 LENGTHS = (30, 1, 17, 2, 5)
 MAKERS = [
@@ -87,7 +87,7 @@ def test_a_layout_keeps_its_kind_and_all_its_fields_on_its_way_to_a_device(make)
     for name, value in vars(layout).items():
         if isinstance(value, torch.Tensor):
             assert getattr(moved, name).device.type == "meta" and value.device.type == "cpu"
-        elif isinstance(value, DocumentLayout):
+        elif isinstance(value, Borders):
             assert getattr(moved, name).cumulative_S.device.type == "meta"
         else:
             assert getattr(moved, name) is value

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from hardy.distributed.balance.sharding import ranges, shard_documents, shared_row_of
+from hardy.distributed.balance.sharding import begins_of, ranges, shard_documents, shared_runs
 
 
 def tokens_of(sharding, worker):
@@ -73,19 +73,26 @@ def test_attention_is_even_where_documents_are_long_enough(num_workers):
     assert worst <= 1.02
 
 
-def test_shared_rows_say_where_each_token_of_a_cut_document_lies():
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_shared_runs_say_where_each_token_of_a_cut_document_lies(num_workers):
     lengths = (9, 2, 12)
-    sharding = shard_documents(lengths, num_workers=2, split_tokens=2)
-    rows, begins = shared_row_of(sharding)
+    sharding = shard_documents(lengths, num_workers=num_workers, split_tokens=2)
+    begins = begins_of(lengths)
     assert begins.tolist() == [0, 9, 11, 23]
-    assert (rows[9:11] == -1).all()
-    buffer = [None] * (2 * sharding.shared_rows)
+    buffer = [None] * (num_workers * sharding.shared_rows)
     for worker, pieces in enumerate(sharding.pieces):
         for offset, token in enumerate(tokens_of(sharding, worker)[: pieces.num_tokens]):
             buffer[worker * sharding.shared_rows + offset] = token
-    for document in (0, 2):
-        for place in range(lengths[document]):
-            assert buffer[rows[begins[document] + place]] == (document, place)
+    found = shared_runs(sharding)
+    cut = [document for document in range(3) if lengths[document] >= 4 * num_workers]
+    for document in cut:
+        stops = [pieces.stops[pieces.documents == document] for pieces in sharding.pieces]
+        for end in begins[document] + np.concatenate(stops):
+            rows, sizes = found.up_to(begins[[document]], np.array([end]))
+            looked_at = [buffer[row] for row in ranges(rows, rows + sizes)]
+            assert looked_at == [(document, place) for place in range(end - begins[document])]
+    both = found.up_to(begins[cut], begins[[document + 1 for document in cut]])
+    assert both[1].sum() == sum(lengths[document] for document in cut)
 
 
 def test_ranges_may_be_empty():

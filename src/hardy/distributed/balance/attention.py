@@ -20,7 +20,7 @@ from hardy.distributed.balance.exchange import gather_rows, swap_heads
 from hardy.distributed.balance.layouts import GatherLayout, UlyssesLayout
 from hardy.ops.attention import Backend, packed_attention
 from hardy.ops.attention_backends import CAUSAL, AttentionRule
-from hardy.ops.packed import DocumentLayout
+from hardy.ops.packed import Borders, DocumentLayout
 
 
 def _outside_graphs(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -35,7 +35,7 @@ def context_parallel_attention(
     value_THK: Tensor,
     queries: DocumentLayout,
     *,
-    keys: DocumentLayout | None = None,
+    keys: Borders | None = None,
     rule: AttentionRule = CAUSAL,
     backend: Backend = "auto",
 ) -> Tensor:

@@ -175,12 +175,20 @@ def bridge_bytes(parameters: Iterable[tuple[Cut, int]], replicas: Replicas, worl
 
 def _of_holder(cut: Cut, holder: int, group: Group, world_size: int) -> list[Piece]:
     held = cut.held(holder - group.first_rank, degree=group.scheme.ranks)
-    common = ((owner, cut.owned(owner, world_size=world_size).common(held)) for owner in range(world_size))
+    if not held:
+        return []
+    owners = range(_owner(cut.size, held.start, world_size), _owner(cut.size, held.stop - 1, world_size) + 1)
+    common = ((owner, cut.owned(owner, world_size=world_size).common(held)) for owner in owners)
     return [Piece(owner=owner, holder=holder, rows=rows) for owner, rows in common if rows]
 
 
 def _speaker(owner: int, group: Group) -> int:
     return owner if owner in group.ranks else group.ranks[owner % len(group.ranks)]
+
+
+def _owner(size: int, row: int, world_size: int) -> int:
+    """Return the rank that owns a row: the first whose part ends behind it."""
+    return ((row + 1) * world_size - 1) // size
 
 
 def _part(size: int, place: int, parts: int) -> Rows:

@@ -6,15 +6,16 @@ its work out as it did the first time. All of it follows from lengths: workers a
 Shape suffixes: T rows of this worker, P tokens of the pack, N rows of keys that its queries look at.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hardy.distributed.balance.sharding import Integers, ranges, shard_documents, shared_row_of
+from hardy.distributed.balance.sharding import Integers, begins_of, shard_documents, shared_runs
 from hardy.distributed.comm import Communicator
-from hardy.ops.packed import IGNORED_LABEL, DocumentLayout, PackedBatch
+from hardy.ops.packed import IGNORED_LABEL, Borders, DocumentLayout, PackedBatch, runs
 
 PADDING_TOKEN = 0
 
@@ -35,7 +36,7 @@ class ShardedLayout(DocumentLayout):
 class GatherLayout(ShardedLayout):
     """Rows whose queries look at keys and values gathered from the group."""
 
-    keys: DocumentLayout
+    keys: Borders
     """Borders of the keys that each piece looks at; the pieces stand at their ends."""
     shared_rows: int
     """How many of the first rows the whole group sees; equal on all its workers."""
@@ -65,7 +66,7 @@ class GatherLayout(ShardedLayout):
 class UlyssesLayout(ShardedLayout):
     """A run of the pack; for attention, workers exchange runs of all heads for some heads of all runs."""
 
-    whole: DocumentLayout
+    whole: Borders
     """Borders of the documents of all runs; the filling comes last."""
 
     def to(self, device: torch.device | str) -> "UlyssesLayout":
@@ -100,45 +101,29 @@ def gather_layout(lengths: tuple[int, ...], group: Communicator, *, split_tokens
     """
     sharding = shard_documents(lengths, num_workers=group.size, split_tokens=split_tokens)
     pieces, whole = sharding.pieces[group.rank], sharding.whole[group.rank]
-    row_of, begins = shared_row_of(sharding)
-    shared, size = sharding.shared_rows, np.asarray(lengths, dtype=np.int64)
+    shared, begins, size = sharding.shared_rows, begins_of(lengths), np.asarray(lengths, dtype=np.int64)
     filling = shared - pieces.num_tokens if shared or whole.size else 1
     filled = [filling] if filling else []
-    begin = begins[pieces.documents]
-    key_tokens = ranges(begin, begin + pieces.stops)  # of a piece, all tokens of its document up to its end
-    own_rows = np.concatenate(  # of filling and whole documents
-        (
-            np.arange(pieces.num_tokens, shared) + group.rank * shared,
-            np.arange(size[whole].sum() + (filling if not shared else 0)) + group.size * shared,
-        )
-    )
-    rows = DocumentLayout.from_lengths([*map(int, (*(pieces.stops - pieces.starts), *filled, *size[whole]))])
+    begin, sizes = begins[pieces.documents], pieces.stops - pieces.starts
+    rows = np.concatenate((sizes, filled, size[whole])).astype(np.int64)
+    token_of_T = _runs((begin + pieces.starts, [0] * len(filled), begins[whole]), rows)
+    token_of_T[pieces.num_tokens : pieces.num_tokens + filling] = int(begins[-1])
+    # A piece looks at all tokens of its document up to its end, which lie in runs on all the workers.
+    looked_at, run_sizes = shared_runs(sharding).up_to(begin, begin + pieces.stops)
+    own_first = [group.rank * shared + pieces.num_tokens, group.size * shared]  # filling; whole documents
+    own_sizes = [shared - pieces.num_tokens, size[whole].sum() + (0 if shared else filling)]
+    keys = np.concatenate((pieces.stops, filled, size[whole])).astype(np.int64)
+    borders = Borders.of(rows.tolist())
     return GatherLayout(
-        lengths=rows.lengths,
-        cumulative_S=rows.cumulative_S,
-        positions_T=_tensor(
-            np.concatenate(
-                (
-                    ranges(pieces.starts, pieces.stops),
-                    np.arange(filling),
-                    ranges(np.zeros_like(whole), size[whole]),
-                )
-            )
-        ),
+        lengths=borders.lengths,
+        cumulative_S=borders.cumulative_S,
+        positions_T=_runs((pieces.starts, [0] * (len(filled) + whole.size)), rows),
         group=group,
-        token_of_T=_tensor(
-            np.concatenate(
-                (
-                    ranges(begin + pieces.starts, begin + pieces.stops),
-                    np.full(filling, begins[-1]),
-                    ranges(begins[whole], begins[whole] + size[whole]),
-                )
-            )
-        ),
+        token_of_T=token_of_T,
         num_filling=filling,
-        keys=DocumentLayout.from_lengths([*map(int, (*pieces.stops, *filled, *size[whole]))]),
+        keys=Borders.of(keys.tolist()),
         shared_rows=shared,
-        key_row_N=_tensor(np.concatenate((row_of[key_tokens], own_rows))),
+        key_row_N=_runs((looked_at, own_first), np.concatenate((run_sizes, own_sizes))),
         num_front_keys=int(pieces.stops[: pieces.num_fronts].sum()),
     )
 
@@ -158,16 +143,18 @@ def ulysses_layout(lengths: tuple[int, ...], group: Communicator) -> UlyssesLayo
     num_tokens = sum(lengths)
     run = -(-num_tokens // group.size)
     filling = run * group.size - num_tokens
-    whole = DocumentLayout.from_lengths([*lengths, *([filling] if filling else [])])
+    whole = Borders.of([*lengths, *([filling] if filling else [])])
     begin, end = group.rank * run, (group.rank + 1) * run
-    cuts = np.unique(np.clip(whole.cumulative_S.numpy(), begin, end))
-    rows = DocumentLayout.from_lengths(np.diff(cuts).tolist())
+    borders = whole.cumulative_S.numpy().astype(np.int64)
+    cuts = np.unique(np.clip(borders, begin, end))
+    sizes, document = np.diff(cuts), np.searchsorted(borders, cuts[:-1], side="right") - 1
+    rows = Borders.of(sizes.tolist())
     return UlyssesLayout(
         lengths=rows.lengths,
         cumulative_S=rows.cumulative_S,
-        positions_T=whole.positions_T[begin:end].clone(),
+        positions_T=_runs((cuts[:-1] - borders[document],), sizes),
         group=group,
-        token_of_T=torch.arange(begin, end).clamp(max=num_tokens),
+        token_of_T=torch.arange(begin, end).clamp_(max=num_tokens),
         num_filling=min(max(end - num_tokens, 0), run),
         whole=whole,
     )
@@ -211,5 +198,7 @@ def idle_batch() -> PackedBatch:
     )
 
 
-def _tensor(values: Integers) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64, copy=False))
+def _runs(starts: Sequence[Integers | list[int]], sizes: Integers) -> Tensor:
+    """Return the numbers from each start, so many as its size, end to end; starts come in several parts."""
+    first = np.concatenate(starts).astype(np.int64)
+    return runs(torch.from_numpy(first), torch.from_numpy(sizes.astype(np.int64, copy=False)))

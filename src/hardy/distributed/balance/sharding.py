@@ -10,9 +10,13 @@ Letters: G workers of a group, d the number of a cut document, s its tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import heapify, heapreplace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from hardy.ops.packed import runs
 
 Integers = NDArray[np.int64]
 
@@ -117,26 +121,58 @@ def _pieces(lengths: Integers, cut: Integers, worker: int, num_workers: int) -> 
 def _whole(lengths: Integers, documents: Integers, loads: list[int]) -> tuple[Integers, ...]:
     """Deal documents out, the longest first, each to the worker with the fewest tokens so far."""
     taken: list[list[int]] = [[] for _ in loads]
-    for document in documents[np.argsort(-lengths[documents], kind="stable")].tolist():
-        worker = loads.index(min(loads))
-        loads[worker] += int(lengths[document])
+    queue = [(load, worker) for worker, load in enumerate(loads)]
+    heapify(queue)
+    order = documents[np.argsort(-lengths[documents], kind="stable")]
+    for document, tokens in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        load, worker = queue[0]
+        heapreplace(queue, (load + tokens, worker))
         taken[worker].append(document)
     return tuple(np.array(sorted(mine), dtype=np.int64) for mine in taken)
 
 
-def shared_row_of(sharding: Sharding) -> tuple[Integers, Integers]:
-    """Return where each token of the cut documents lies when all workers' shared rows stand end to end.
+@dataclass(frozen=True)
+class SharedRuns:
+    """Where pieces lie when the shared rows of all workers stand end to end; in the order of the pack."""
 
-    Returns:
-        The row of each token of the pack (-1 where its document is not cut), and where documents begin.
-    """
-    begins = np.concatenate(([0], np.cumsum(sharding.lengths)))
-    rows = np.full(begins[-1], -1, dtype=np.int64)
-    for worker, pieces in enumerate(sharding.pieces):
-        begin = begins[pieces.documents]
-        tokens = ranges(begin + pieces.starts, begin + pieces.stops)
-        rows[tokens] = worker * sharding.shared_rows + np.arange(tokens.size)
-    return rows, begins
+    tokens: Integers
+    """Place in the pack of each piece's first token, growing."""
+    rows: Integers
+    """Row of that token."""
+    sizes: Integers
+    """Tokens of each piece."""
+
+    def up_to(self, begins: Integers, ends: Integers) -> tuple[Integers, Integers]:
+        """Return the rows of some cut documents from their beginning to an end of a piece, as runs of rows.
+
+        Args:
+            begins: place in the pack of each document's first token.
+            ends: one past the last token that is asked for, in the pack.
+
+        Returns:
+            The first row and the size of each run, end to end.
+        """
+        first, stop = np.searchsorted(self.tokens, begins), np.searchsorted(self.tokens, ends)
+        pieces = ranges(first, stop)
+        return self.rows[pieces], self.sizes[pieces]
+
+
+def shared_runs(sharding: Sharding) -> SharedRuns:
+    """Return where each piece of a cut document lies among all workers' shared rows."""
+    begins, shared = begins_of(sharding.lengths), sharding.shared_rows
+    first_tokens = [begins[pieces.documents] + pieces.starts for pieces in sharding.pieces]
+    sizes = [pieces.stops - pieces.starts for pieces in sharding.pieces]
+    first_rows = [np.cumsum(own) - own + worker * shared for worker, own in enumerate(sizes)]
+    tokens = np.concatenate(first_tokens)
+    order = np.argsort(tokens)
+    return SharedRuns(
+        tokens=tokens[order], rows=np.concatenate(first_rows)[order], sizes=np.concatenate(sizes)[order]
+    )
+
+
+def begins_of(lengths: Sequence[int]) -> Integers:
+    """Return where each document of a pack begins, and where the last ends."""
+    return np.concatenate(([0], np.cumsum(lengths)))
 
 
 def ranges(starts: Sequence[int] | Integers, stops: Sequence[int] | Integers) -> Integers:
@@ -147,6 +183,4 @@ def ranges(starts: Sequence[int] | Integers, stops: Sequence[int] | Integers) ->
         [5, 6, 0, 1, 2]
     """
     starts, stops = np.asarray(starts, dtype=np.int64), np.asarray(stops, dtype=np.int64)
-    sizes = stops - starts
-    first = np.cumsum(sizes) - sizes
-    return np.arange(int(sizes.sum())) + np.repeat(starts - first, sizes)
+    return runs(torch.from_numpy(starts), torch.from_numpy(stops - starts)).numpy()
