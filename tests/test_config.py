@@ -222,6 +222,7 @@ def test_an_unknown_section_names_the_nearest():
 
 def test_a_name_near_to_none_gets_no_hint():
     assert unknown_name("xyz", "recipe", ["tiny", "demo"]) == "there is no recipe 'xyz'. Known: demo, tiny"
+    assert unknown_name("xyz", "recipe", []) == "there is no recipe 'xyz'. There are none"
 
 
 def test_a_missing_setting_is_named():

@@ -246,7 +246,8 @@ def unknown_name(name: str, kind: str, known: Iterable[str]) -> str:
     ends = [other.removeprefix(shared) for other in known]
     close = difflib.get_close_matches(name.removeprefix(shared), ends, n=1, cutoff=0.5)
     hint = f"; did you mean {shared + close[0]!r}?" if close else "."
-    return f"there is no {kind} {name!r}{hint} Known: {', '.join(known)}"
+    listed = f"Known: {', '.join(known)}" if known else "There are none"
+    return f"there is no {kind} {name!r}{hint} {listed}"
 
 
 def class_at(path: str, base: type[ClassT], *, kind: str) -> type[ClassT]:

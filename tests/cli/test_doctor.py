@@ -36,7 +36,7 @@ def test_a_package_that_is_needed_and_missing_breaks(tmp_path, monkeypatch, caps
     monkeypatch.setattr(doctor, "NEEDED", ("numpy", "no_such_package"))
     assert main(["doctor"]) == 1
     text = capsys.readouterr().out
-    assert "broken   no_such_package" in text and "not installed  -> pip install" in text
+    assert "broken   no_such_package" in text and "not installed  -> pip install no_such_package" in text
     assert text.endswith("not ready: mend what is broken above\n")
 
 

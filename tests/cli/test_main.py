@@ -1,5 +1,6 @@
 """The command `hardy`: verbs, help, exit codes, and how fast it answers."""
 
+import errno
 import subprocess
 import sys
 import time
@@ -72,6 +73,14 @@ def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(monkeypatch, 
     assert main(["version"]) == 1
     text = capsys.readouterr().err
     assert "Traceback" in text and "ZeroDivisionError" in text and "please report it" in text
+
+
+def test_a_full_disk_is_no_fault(monkeypatch, capsys):
+    full = OSError(errno.ENOSPC, "No space left on device", "out.json")
+    monkeypatch.setattr(doctor, "version_verb", lambda arguments: (_ for _ in ()).throw(full))
+    assert main(["version"]) == 1
+    text = capsys.readouterr().err
+    assert text == "hardy: No space left on device (out.json); make room, or write elsewhere\n"
 
 
 def test_a_reader_that_goes_away_is_no_fault():

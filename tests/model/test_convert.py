@@ -3,9 +3,11 @@ from functools import partial
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hardy.config import UserError
+from hardy.model import convert
 from hardy.model.convert import config_from_shape, export_folder, hf_name, import_folder, shape_from_config
 from hardy.model.decoder import Decoder
 from hardy.ops.attention import packed_attention
@@ -142,6 +144,20 @@ def test_a_failed_export_leaves_nothing(make_decoder, tmp_path):
     with pytest.raises(FileNotFoundError):
         export_folder(make_decoder(), tmp_path / "model", tokenizer_files=[tmp_path / "missing.json"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(make_decoder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("my work")
+    with pytest.raises(UserError, match="file/model cannot be written: .*; choose another folder"):
+        export_folder(make_decoder(), tmp_path / "file" / "model")
+
+    def full(*_args, **_settings):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(convert, "save_file", full)
+    with pytest.raises(UserError, match="model cannot be written: No space left on device; make room, or"):
+        export_folder(make_decoder(), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_shape_that_transformers_refuses_is_not_exported(make_decoder, tmp_path):

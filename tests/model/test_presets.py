@@ -62,8 +62,8 @@ def test_the_embedding_fits_the_tokenizer(tokenizer, setting, rows):
         ),
         (
             {"vocab_size": 10},
-            "model.vocab_size=10 is below the tokenizer's vocabulary of 300, a tokenizer whose "
-            "vocabulary does not fit the model; leave model.vocab_size out",
+            "model.vocab_size=10 is below the tokenizer's vocabulary of 300, which does not fit the model; "
+            "leave model.vocab_size out",
         ),
         (
             {"shape": {"num_heads": 3}},

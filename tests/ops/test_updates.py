@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from hardy.config import UserError
 from hardy.ops import updates, updates_eager
 from hardy.ops.updates import BACKENDS, Backend, choose_backend
 
@@ -67,7 +68,7 @@ def test_auto_is_the_fastest_that_can_run_there(modules, device, absent, chosen)
 )
 def test_a_back_end_that_cannot_run_is_refused(modules, name, device, words):
     modules["native"] = False
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         choose_backend(name, device)
 
 

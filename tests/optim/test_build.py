@@ -144,6 +144,8 @@ def test_any_optimizer_of_torch_by_its_dotted_name():
     ("config", "text"),
     [
         (TorchConfig(name="torch.optim.RMSprob"), "torch.optim.RMSprop"),
+        (TorchConfig(name="torch.optim.LBFGS"), "LBFGS cannot train here: it computes the loss again"),
+        (TorchConfig(name="torch.optim.SparseAdam"), "SparseAdam cannot train here: it takes sparse .*; cho"),
         (TorchConfig(arguments=("alpha",)), "name=value pairs, got 'alpha'"),
         (TorchConfig(arguments=("alpah=0.5",)), "did you mean 'alpha'"),
     ],

@@ -284,7 +284,7 @@ def test_a_class_without_weight_decay_takes_one_group_and_no_weight_decay():
     optimizer = make_optimizer(make_model(), "torch.optim.LBFGS", lr=0.5)
     assert len(optimizer.param_groups) == 1 and "weight_decay" not in optimizer.param_groups[0]
     with pytest.raises(
-        ConfigError, match=r"weight_decay=0.1 has no meaning for torch.optim.LBFGS; leave it out"
+        ConfigError, match=r"weight_decay=0.1 has no meaning for torch.optim.LBFGS; set it to 0"
     ):
         make_optimizer(make_model(), "torch.optim.LBFGS", weight_decay=0.1)
 
@@ -311,6 +311,7 @@ def test_no_weight_decay_means_none_even_where_the_class_has_some():
         ("torch.optim.Muon", {}, "takes matrices only; use 'muon', which gives the rest to AdamW"),
         ("torch.optim.SGD", {"embed_kind": "adamw"}, "takes every parameter, so embed_kind has no meaning"),
         ("torch.optim.SGD", {"rules": []}, "so rules has no meaning; leave it out or use a preset"),
+        ("torch.optim.SGD", {"momentum": -1}, r"torch.optim.SGD: Invalid momentum value: -1; change its arg"),
         (
             "torch.optim.SGD",
             {"momentun": 0.9},

@@ -47,12 +47,41 @@ def test_a_folder_with_strange_files_is_left_alone(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "my work"
 
 
+@pytest.mark.parametrize("left", ["run.json.tmp", "config.json.tmp"])
+def test_a_start_that_was_cut_off_may_be_tried_again(tmp_path, left):
+    (tmp_path / left).write_text("")
+    RunFolder(tmp_path).create(TrainConfig(), command=[])
+    assert RunFolder(tmp_path).read_config() == TrainConfig()
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, below):
+    (tmp_path / "file").write_text("my work")
+    with (
+        pytest.raises(UserError, match="file.* cannot be written: .*; choose another --run-dir"),
+        RunFolder(tmp_path / "file" / below).locked(),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "my work"
+
+
 def test_no_run_and_broken_config_are_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no run in .*hardy train"):
         RunFolder(tmp_path).read_config()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be used"):
         RunFolder(tmp_path).read_config()
+
+
+def test_a_damaged_note_of_starts_is_named_and_may_be_deleted(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.create(TrainConfig(), command=["a"])
+    folder.run_file.write_text("{")
+    with pytest.raises(UserError, match=r"run.json cannot be used: .*put it back, or delete it"):
+        folder.note_start(TrainConfig(), command=["b"], from_step=3, num_workers=1)
+    folder.run_file.unlink()
+    folder.note_start(TrainConfig(), command=["b"], from_step=3, num_workers=1)
+    assert [start["from_step"] for start in json.loads(folder.run_file.read_text())["starts"]] == [3]
 
 
 def test_every_start_is_noted(tmp_path):

@@ -95,7 +95,7 @@ def _packages(names: Iterable[str]) -> Iterator[Finding]:
     for name in names:
         found = importlib.util.find_spec(name) is not None
         version = _version(name) if found else "not installed"
-        yield _check(name, version, found, advice="pip install --force-reinstall hardy")
+        yield _check(name, version, found, advice=f"pip install {name}")
 
 
 def _torch() -> Iterator[Finding]:

@@ -4,6 +4,7 @@ Nothing heavy is imported before a verb needs it, so that help and refusals come
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -53,6 +54,10 @@ VERBS: dict[str, Verb] = {
 }
 
 
+_ABOUT_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""What the system says of a disk that takes no more: no fault of the program's."""
+
+
 def run() -> None:
     """Entry point of the command."""
     logging.basicConfig(level=logging.WARNING, format="hardy: %(message)s")
@@ -80,7 +85,10 @@ def main(words: Sequence[str]) -> int:
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # or the flush at exit would fail again
         return failure.FAILURE
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _ABOUT_THE_DISK:
+            where = f" ({error.filename})" if error.filename else ""
+            return _say(f"{error.strerror}{where}; make room, or write elsewhere", failure.FAILURE)
         traceback.print_exc()
         return _say(
             "this is a fault of hardy's own; please report it with the lines above, the command line and the "

@@ -125,7 +125,7 @@ def export_folder(
         max_shard_bytes: weights above this are split over several files; one tensor is never split.
 
     Raises:
-        UserError: the folder has something in it, or the shape is one that transformers refuses.
+        UserError: the folder has something in it or cannot be written, or transformers refuses the shape.
     """
     shape = model.shape
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -137,8 +137,11 @@ def export_folder(
         )
     source = model.state_dict() if state is None else state
     tensors = {hf_name(name): source[name] for name in parameter_sizes(shape)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
     try:
         dtype = next(iter(tensors.values())).dtype
         _write_weights(tensors, beside, max_shard_bytes=max_shard_bytes)
@@ -152,9 +155,12 @@ def export_folder(
         if folder.exists():
             folder.rmdir()
         beside.rename(folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    except SafetensorError as error:  # what a full disk becomes there
+        raise UserError(
+            f"{folder} cannot be written: {error}; make room, or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # there no longer where all went well
 
 
 def parameter_sizes(shape: DecoderShape) -> dict[str, tuple[int, ...]]:

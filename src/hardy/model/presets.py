@@ -7,7 +7,7 @@
 from dataclasses import dataclass, replace
 
 from hardy.config import ConfigError, unknown_name
-from hardy.model.config import ModelConfig, ShapeConfig
+from hardy.model.config import ModelConfig
 
 VOCAB_MULTIPLE = 64
 HF_PREFIX = "hf:"
@@ -101,7 +101,7 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> DecoderShape:
         num_heads=num_heads,
         # The presets give every query head its own keys; a changed number of heads keeps that.
         num_kv_heads=given.num_kv_heads or num_heads,
-        head_size=given.head_size or _head_size(config.name, given, hidden_size, num_heads),
+        head_size=given.head_size or _head_size(config.name, hidden_size, num_heads),
         context_tokens=config.context_tokens or preset.context_tokens,
         rope_theta=given.rope_theta or preset.rope_theta,
         norm_eps=given.norm_eps or preset.norm_eps,
@@ -146,19 +146,18 @@ def _vocab_rows(config: ModelConfig, *, vocab_size: int) -> int:
     if config.vocab_size < vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.vocab_size} is below the tokenizer's vocabulary of {vocab_size}, "
-            f"a tokenizer whose vocabulary does not fit the model; leave model.vocab_size out, raise it, or "
+            f"which does not fit the model; leave model.vocab_size out, raise it, or "
             f"choose a smaller data.tokenizer"
         )
     return config.vocab_size
 
 
-def _head_size(name: str, given: ShapeConfig, hidden_size: int, num_heads: int) -> int:
+def _head_size(name: str, hidden_size: int, num_heads: int) -> int:
     """Return hidden_size / num_heads where that is whole."""
     if hidden_size % num_heads:
         raise ConfigError(
             f"model.shape.hidden_size={hidden_size} is not a multiple of model.shape.num_heads={num_heads} "
-            f"(preset {name!r}, {given.hidden_size=}, {given.num_heads=}); change one or set "
-            f"model.shape.head_size"
+            f"(what is not set is preset {name!r}'s); change one or set model.shape.head_size"
         )
     return hidden_size // num_heads
 

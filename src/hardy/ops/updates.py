@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
-from hardy.config import unknown_name
+from hardy.config import UserError, unknown_name
 
 Axis = Literal["rows", "cols"]
 
@@ -258,7 +258,7 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     """Return the back end for tensors on `device`; "auto" is the fastest that can run there.
 
     Raises:
-        ValueError: there is no such back end, or it cannot run here.
+        UserError: there is no such back end, or it cannot run here.
     """
     return _backend(name, device.type)
 
@@ -272,15 +272,13 @@ def _backend(name: str, device_type: str) -> Backend:
         elif device_type == "cpu" and import_module(BACKENDS["native"]).available():
             name = "native"
     if name not in BACKENDS:
-        raise ValueError(unknown_name(name, "back end of optimizers", [*BACKENDS, "auto"]))
+        raise UserError(unknown_name(name, "back end of optimizers", [*BACKENDS, "auto"]))
     wanted = {"native": "cpu", "triton": "cuda"}.get(name, device_type)
     if wanted != device_type:
-        raise ValueError(
-            f"backend={name!r} runs on {wanted}, the parameters are on {device_type}; use 'auto'"
-        )
+        raise UserError(f"backend={name!r} runs on {wanted}, the parameters are on {device_type}; use 'auto'")
     if name == "triton" and find_spec("triton") is None:
-        raise ValueError("backend='triton' needs the triton package; use 'auto', or 'foreach'")
+        raise UserError("backend='triton' needs the triton package; use 'auto', or 'foreach'")
     module = import_module(BACKENDS[name])
     if name == "native" and not module.available():
-        raise ValueError("backend='native' needs a C++ compiler (g++ or clang++) on this machine; use 'auto'")
+        raise UserError("backend='native' needs a C++ compiler (g++ or clang++) on this machine; use 'auto'")
     return cast(Backend, module)

@@ -137,7 +137,19 @@ def _adafactor(config: AdafactorConfig, model: nn.Module) -> Optimizer:
     )
 
 
+_UNFIT = {
+    "torch.optim.LBFGS": "computes the loss again within a step",
+    "torch.optim.SparseAdam": "takes sparse gradients only, and a language model's are dense",
+}
+"""Classes that a training step of ours cannot drive, and why."""
+
+
 def _by_path(config: TorchConfig, model: nn.Module) -> Optimizer:
+    if config.name in _UNFIT:
+        raise ConfigError(
+            f"optim.name={config.name} cannot train here: it {_UNFIT[config.name]}; choose another class, or "
+            f"one of {', '.join(OPTIMIZERS)}"
+        )
     arguments = read_arguments(config.arguments, setting="optim.arguments")
     return make_optimizer(model, config.name, lr=config.lr, weight_decay=config.weight_decay, **arguments)
 

@@ -208,7 +208,7 @@ def _from_class(
         refuse_unknown(settings, f"setting of {path}", known)
     decays = is_open or "weight_decay" in known
     if weight_decay and not decays:
-        raise ConfigError(f"weight_decay={weight_decay:g} has no meaning for {path}; leave it out")
+        raise ConfigError(f"weight_decay={weight_decay:g} has no meaning for {path}; set it to 0")
     groups = route_params(
         model, kind="sgd", embed_kind="sgd", weight_decay=weight_decay, vocab_size=routing["vocab_size"]
     )
@@ -221,7 +221,10 @@ def _from_class(
         {"params": some, **({"weight_decay": decay} if decays else {})} for decay, some in members.items()
     ]
     build: Build = cls
-    return build(split, **settings)
+    try:
+        return build(split, **settings)
+    except (TypeError, ValueError) as error:  # what torch's classes say of a value they cannot take
+        raise ConfigError(f"{path}: {error}; change its arguments") from error
 
 
 def _decaying(

@@ -47,11 +47,16 @@ class RunFolder:
         """Hold the folder for this process; the lock goes with the process, however that ends.
 
         Raises:
-            UserError: another process trains in it.
+            UserError: another process trains in it, or it cannot be made or written to.
         """
-        if not self.path.is_dir():
-            self.path.mkdir(parents=True)
-        with self.lock_file.open("w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock_file.open("w")
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path} cannot be written: {error.strerror}; choose another --run-dir"
+            ) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -82,7 +87,8 @@ class RunFolder:
                 f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go "
                 f"on with that run by `hardy resume {self.path}`"
             )
-        ours = {self.lock_file.name, self.run_file.name, "code.diff"}  # what a start that was cut off leaves
+        files = (self.run_file.name, self.config_file.name)  # what a start that was cut off leaves
+        ours = {self.lock_file.name, "code.diff", self.run_file.name, *(f"{name}.tmp" for name in files)}
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --run-dir")
         if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:
@@ -102,8 +108,20 @@ class RunFolder:
     def note_start(
         self, config: TrainConfig, *, command: Sequence[str], from_step: int, num_workers: int
     ) -> None:
-        """Add one start or resume to run.json: when, how, with which versions."""
-        facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+        """Add one start or resume to run.json: when, how, with which versions.
+
+        Raises:
+            UserError: run.json does not parse.
+        """
+        try:
+            facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            facts = {"starts": []}
+        except ValueError as error:
+            raise UserError(
+                f"{self.run_file} cannot be used: {error}; it only says when the run was started: put it "
+                f"back, or delete it"
+            ) from None
         facts["starts"].append(
             {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
