@@ -3,8 +3,10 @@
     python benchmarks/bench_local.py --repeats 3 --write
 
 Four processes on gloo. `straggler` and `random`: a step sleeps, so that cores do not decide; the replicas
-exchange a few kilobytes over the loopback. `link`: 40 MB of parameters over links of 100 Mbit/s, which the
-kernel limits (`limited_link.py`; root only). Contenders are interleaved; the median over repeats counts. Then
+exchange a few kilobytes over the loopback. `link`: 42 MB of parameters over links of 100 Mbit/s, which the
+kernel limits (`limited_link.py`; root only). `straggler_link`: the same model at 1 Gbit/s, so that each
+exchange is 63 MB and half a second a replica, beside a sleep of a quarter of a second, three quarters on the
+slow one; about 65 s a repeat. Contenders are interleaved; the median over repeats counts. Then
 the same program runs on `SimWorld` with the same slow factors and the same draws of delays; it is told the
 mean time of an ordinary step and of a hop, as measured, and the bandwidth that the link was set to.
 """
@@ -131,6 +133,20 @@ CASES = (
         cluster=ClusterConfig(bandwidth_bytes_per_s=12.5e6),
         contenders=(synchronous(steps=4), edit(every_steps=32, rounds=2)),
         least=(5.0,),
+    ),
+    Case(
+        name="straggler_link",
+        words="10.5 M parameters in fp32, 1 Gbit/s; 250 ms steps, one replica 3x slower; rounds of 32 or 8 s",
+        width=1024,
+        layers=10,
+        sleep_s=0.25,
+        cluster=ClusterConfig(slow_factors=(1.0, 1.0, 1.0, 3.0), bandwidth_bytes_per_s=125e6),
+        contenders=(
+            synchronous(steps=8),
+            edit(every_steps=32, rounds=1),
+            a_edit(every_s=8.0, rounds=3),
+        ),
+        least=(1.3, 1.7),
     ),
 )
 

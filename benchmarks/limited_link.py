@@ -21,8 +21,9 @@ import torch
 
 from hardy.distributed.comm import Communicator, join_world, leave_world
 
-BURST_BYTES = 128_000
-"""Of the bucket: 10 ms at 100 Mbit/s; must hold the largest packet that the kernel hands down at once."""
+BURST_BYTES, BURST_S = 128_000, 0.004
+"""Of the bucket, whichever is more: it must hold the largest packet that the kernel hands down at once, and
+what the link sends until the kernel looks again."""
 WIRE = "wire"
 """Name of the interface in each namespace."""
 _CLONE_NEWNET = 0x40000000
@@ -55,7 +56,8 @@ def links(count: int, *, bytes_per_s: float) -> Iterator[list[str]]:
             _ip("-n", name, "address", "add", f"10.66.0.{number + 1}/24", "dev", WIRE)
             for interface in ("lo", WIRE):
                 _ip("-n", name, "link", "set", interface, "up")
-            rate = ["rate", f"{round(8 * bytes_per_s)}bit", "burst", str(BURST_BYTES), "latency", "100ms"]
+            burst = max(BURST_BYTES, round(BURST_S * bytes_per_s))
+            rate = ["rate", f"{round(8 * bytes_per_s)}bit", "burst", str(burst), "latency", "100ms"]
             _run("tc", "-n", name, "qdisc", "add", "dev", WIRE, "root", "tbf", *rate)
         yield names
     finally:

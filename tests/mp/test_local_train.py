@@ -1,12 +1,15 @@
 """Whole runs whose replicas train alone: stopped, resumed between rounds, on other numbers of replicas."""
 
 import math
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 
 from hardy.config import from_dict, override, to_dict
-from hardy.distributed.comm import leave_world
+from hardy.distributed.comm import WorkerLostError, leave_world
 from hardy.train.config import TrainConfig
 from hardy.train.metrics import read_metrics
 from hardy.train.plan import World
@@ -40,13 +43,13 @@ def lines(run_dir, *, after=0):
     ]
 
 
-def as_workers(run_workers, tmp_path, name, *, size, work):
+def as_workers(run_workers, tmp_path, name, *, size, work, **how):
     def body(comm):
         leave_world()
         world = World(rank=comm.rank, size=size, address=f"file://{tmp_path}/meeting-{name}")
         return work(Surroundings(cache_dir=tmp_path / "cache", world=world), comm.rank)
 
-    return run_workers(body, size=size)
+    return run_workers(body, size=size, **how)
 
 
 EDIT = {"name": "edit", "every_steps": 4, "warmup_steps": 2}
@@ -114,6 +117,32 @@ def test_a_wish_to_stop_is_agreed_in_a_round_and_saved_there(run_workers, config
     assert as_workers(run_workers, tmp_path, "b", size=2, work=stopped) == [6, 6]
     as_workers(run_workers, tmp_path, "c", size=2, work=lambda around, _: resume(cut, around).steps)
     assert lines(cut) == lines(whole)
+
+
+def test_a_lost_worker_of_a_sharded_replica_ends_the_run_which_goes_on_from_its_checkpoint(
+    run_workers, config, tmp_path
+):
+    made = with_strategy(config, mesh={"replicas": 2, "shards": 2}, **EDIT)
+    cut = tmp_path / "cut"
+
+    def lose(around, rank):
+        left = iter(range(7))
+
+        def die():
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            start(made, cut, replace(around, stop_signal=die) if rank == 3 else around)
+        except WorkerLostError as error:
+            return str(error)
+
+    # Of its own replica the next sum tells, of the other the next round: both far below the time-out.
+    told = as_workers(run_workers, tmp_path, "a", size=4, work=lose, may_die=(3,), timeout_s=20.0)
+    assert len(told) == 3 and all("one of them died" in text and "`hardy resume`" in text for text in told)
+    assert 5 < lines(cut)[-1]["step"] < 16
+    ended = as_workers(run_workers, tmp_path, "b", size=4, work=lambda around, _: resume(cut, around).steps)
+    assert ended == [16] * 4 and [line["step"] for line in lines(cut)] == list(range(1, 17))
 
 
 def test_a_run_goes_on_in_other_layouts(run_workers, config, tmp_path):

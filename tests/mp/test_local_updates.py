@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.config import DiLoCoConfig, EDiTConfig, LocalSGDConfig, StreamingDiLoCoConfig
@@ -13,8 +14,10 @@ UNITS = ["body.0", "body.1", "body.2"]
 
 
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, *, reentrant=None):
         super().__init__()
+        self.reentrant = reentrant
+        """How blocks are computed again in the backward pass; None does not."""
         generator = torch.Generator().manual_seed(0)
         self.first = nn.Linear(5, 7)
         self.body = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7, bias=False), nn.Linear(7, 3))
@@ -22,16 +25,19 @@ class Net(nn.Module):
             param.data = torch.randn(param.shape, generator=generator) * 0.4
 
     def forward(self, x):
-        return self.body(torch.tanh(self.first(x)))
+        x = torch.tanh(self.first(x))
+        for block in self.body:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return x
 
 
 class Run:
     """One worker of a replica that is sharded or whole."""
 
-    def __init__(self, comm, config, *, replicas, inner="adamw"):
+    def __init__(self, comm, config, *, replicas, inner="adamw", reentrant=None):
         self.grid = split(comm, replicas=replicas, shards=comm.size // replicas)
         self.model = parallelize(
-            Net(),
+            Net(reentrant=reentrant),
             self.grid.inner,
             replicas=1,
             shards=self.grid.shards,
@@ -67,8 +73,8 @@ class Run:
             return self.weights()
 
 
-def run(comm, config, *, replicas, steps=11, micro_batches=1):
-    made = Run(comm, config, replicas=replicas)
+def run(comm, config, *, replicas, steps=11, micro_batches=1, reentrant=None):
+    made = Run(comm, config, replicas=replicas, reentrant=reentrant)
     for _ in range(steps):
         made.step(micro_batches=micro_batches)
     made.strategy.finish()
@@ -92,13 +98,13 @@ def test_sharded_replicas_train_as_whole_ones_do(run_workers, name):
     assert torch.equal(sharded[0][1], sharded[2][1]) and torch.equal(whole[0][1], whole[1][1])
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
-def test_layer_wise_rounds_under_fsdp_are_those_after_the_step(run_workers, replicas):
+@pytest.mark.parametrize(("replicas", "reentrant"), [(2, None), (4, None), (2, False), (2, True)])
+def test_layer_wise_rounds_under_fsdp_are_those_after_the_step(run_workers, replicas, reentrant):
     def both(comm):
         made = []
         for layerwise in (False, True):
             config = EDiTConfig(warmup_steps=2, every_steps=3, clip_norm=0.2, layerwise=layerwise)
-            made.append(run(comm, config, replicas=replicas, micro_batches=2))
+            made.append(run(comm, config, replicas=replicas, micro_batches=2, reentrant=reentrant))
         return made
 
     for after, within in run_workers(both, size=4):

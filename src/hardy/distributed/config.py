@@ -186,7 +186,9 @@ class LocalUpdateConfig(Config):
         if self.copies > 1 or self.mesh.shards > 1:
             raise ConfigError(
                 f"strategy.elastic=true needs replicas of one worker in this version, but strategy.copies="
-                f"{self.copies} and strategy.mesh.shards={self.mesh.shards}; set both to 1"
+                f"{self.copies} and strategy.mesh.shards={self.mesh.shards}; set both to 1, or "
+                f"strategy.elastic to false: a lost worker then ends the run, and `hardy resume` goes on "
+                f"from the last checkpoint"
             )
         if self.inner_state == "average":
             raise ConfigError(

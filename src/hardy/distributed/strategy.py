@@ -28,10 +28,10 @@ class Strategy:
         """Open a round, once a step; only `train/step.py` calls this. Push-sum de-biases here."""
 
     def before_module_forward(self, name: str) -> None:
-        """Act before unit `name` is gathered and run. EDiT finishes the unit's meeting here."""
+        """Act before unit `name` is gathered and run, in an evaluation too. EDiT ends the unit's meeting."""
 
     def after_forward(self) -> None:
-        """Act after the first micro-batch's forward pass. EDiT settles units that did not run."""
+        """Act after a forward pass, an evaluation's too. EDiT settles units that did not run."""
 
     @property
     def skips_forward(self) -> bool:
@@ -42,7 +42,7 @@ class Strategy:
         """Take this worker's summed loss, after the last micro-batch; whoever announces it needs it here."""
 
     def reduce_gradients(self) -> None:
-        """Act after the last micro-batch. Data parallel, dSTAR."""
+        """Act after the last micro-batch, before the update. Data parallel, dSTAR."""
 
     def after_step(self) -> None:
         """Act after the inner optimizer. Local SGD, DiLoCo, the clock of A-EDiT."""
@@ -110,21 +110,21 @@ class Strategy:
 
 
 def watch_units(model: nn.Module, names: Iterable[str], strategy: Strategy) -> list[RemovableHandle]:
-    """Call `strategy.before_module_forward` before each unit in training, and `after_forward` at the end.
+    """Call `strategy.before_module_forward` before each unit runs, and `after_forward` after the model.
 
-    Attach after `fully_shard`.
+    Attach after `fully_shard`. Prepended, so that the strategy acts before FSDP2 gathers the unit; appended,
+    the unit would compute with old weights.
 
-    Prepended, so that the strategy acts before FSDP2 gathers the unit; appended, the unit would compute with
-    old weights.
+    Every run of a unit counts, and the strategy's own round says which matter: modes of torch cannot. The
+    first pass of re-entrant recomputation has gradients off, as an evaluation has; one may train in eval
+    mode; and units run again in the backward pass.
     """
 
-    def before(name: str, module: nn.Module, _args: object) -> None:
-        if module.training and torch.is_grad_enabled():
-            strategy.before_module_forward(name)
+    def before(name: str, _module: nn.Module, _args: object) -> None:
+        strategy.before_module_forward(name)
 
-    def after(module: nn.Module, _args: object, _output: object) -> None:
-        if module.training and torch.is_grad_enabled():
-            strategy.after_forward()
+    def after(_module: nn.Module, _args: object, _output: object) -> None:
+        strategy.after_forward()
 
     units = [(name, model.get_submodule(name)) for name in names]
     handles = [unit.register_forward_pre_hook(partial(before, name), prepend=True) for name, unit in units]

@@ -571,6 +571,23 @@ def test_what_a_round_says_of_itself():
     assert report["bytes_sent"] > 0 and report["flagged_replicas"] == []
 
 
+def test_the_drift_of_a_round_is_the_cosine_of_what_a_replica_brought_to_the_mean():
+    apart = train(local(5, kind=DiLoCoConfig), 4)  # as far, and no round yet
+    start = torch.cat([param.detach().reshape(-1) for param in model_of().parameters()])
+    deltas = start - torch.stack([history[-1] for history in apart])
+
+    def body(comm):
+        run = Run(comm, local(4, kind=DiLoCoConfig))
+        return [run.step() for _ in range(4)][-1]
+
+    reports, mean = SimWorld(2).run(body), deltas.mean(0)
+    for report, delta in zip(reports, deltas, strict=True):
+        cosine = torch.cosine_similarity(delta, mean, dim=0).item()
+        assert report["drift_cosine"] == pytest.approx(cosine, abs=1e-5)
+        assert report["outer_grad_norm"] == pytest.approx(mean.norm().item(), rel=1e-5)
+    assert abs(reports[0]["drift_cosine"] - reports[1]["drift_cosine"]) > 1e-3
+
+
 def test_a_round_tells_norms_weights_and_cosines_of_all_replicas():
     def body(comm):
         run = Run(
@@ -831,7 +848,10 @@ def test_replicas_die_and_come_again_and_again():
         ({"layerwise": True}, "strategy.elastic=true needs strategy.layerwise=false"),
         ({"warmup_steps": 5}, "from the first step on, but warmup_steps=5; set"),
         ({"delay_rounds": 1}, "but delay_rounds=1; set strategy.warmup_steps and the delays to 0"),
-        ({"copies": 2}, "replicas of one worker in this version, but strategy.copies=2 and .*shards=1; set"),
+        (
+            {"copies": 2},
+            "replicas of one worker in this version, but strategy.copies=2 and .*shards=1; set both",
+        ),
         ({"mesh": MeshConfig(shards=2)}, "strategy.copies=1 and strategy.mesh.shards=2; set both to 1"),
         ({"inner_state": "average"}, "needs strategy.inner_state='keep' or 'reset'"),
     ],

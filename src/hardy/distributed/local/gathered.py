@@ -52,7 +52,7 @@ def _refresh(
     inner: Communicator,
     meets: Callable[[], bool],
 ) -> None:
-    if not (shards and unit.training and torch.is_grad_enabled() and meets()):
+    if not (shards and meets()):
         return
 
     def is_stale() -> bool:

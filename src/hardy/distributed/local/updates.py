@@ -122,7 +122,11 @@ class LocalUpdates(Strategy):
                 self._close(self.pending.pop())
 
     def reduce_gradients(self) -> None:
-        """Average gradients over the replicas during the warm-up."""
+        """Average gradients over the replicas during the warm-up; end a layer-wise round before the update.
+
+        One is still open where the units were run by themselves: never `model(...)`.
+        """
+        self.after_forward()
         if self.anchors or self.outer.size == 1:
             return
         average_gradients(self._all_parameters(), self.outer)
@@ -158,6 +162,7 @@ class LocalUpdates(Strategy):
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
         """Show the anchor, which is what all replicas agree on; between rounds a replica is only itself."""
+        self.after_forward()  # a round that is open would move the anchor meanwhile
         if not self.anchors or self._agrees():
             yield
             return
@@ -374,8 +379,9 @@ class LocalUpdates(Strategy):
     def _exchange(self, unit: int, delta_n: Tensor, weight: Tensor) -> Exchanged:
         """Return S and what its length and direction are read from."""
         sum_n = self.parts.compression.weighted_sum(self.outer, delta_n, weight, unit)
-        products = [(sum_n, sum_n), (delta_n, sum_n), (delta_n, delta_n)]
-        return sum_n, torch.stack([torch.linalg.vecdot(a.double(), b.double()) for a, b in products])
+        sum_wide_n, delta_wide_n = sum_n.double(), delta_n.double()
+        products = [(sum_wide_n, sum_wide_n), (delta_wide_n, sum_wide_n), (delta_wide_n, delta_wide_n)]
+        return sum_n, torch.stack([torch.linalg.vecdot(a, b) for a, b in products])
 
     def wait_for(self, pending: Pending) -> None:
         """Wait until all exchanges of a round are done."""
