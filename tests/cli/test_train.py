@@ -159,6 +159,18 @@ def test_workers_are_started_with_the_same_words(small, tmp_path, monkeypatch):
     assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *small, "--json"])]
 
 
+@pytest.mark.parametrize("name", ["diloco", "push_sum"])
+def test_elastic_replicas_are_started_with_a_store_and_again(small, tmp_path, monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(
+        train_module, "run_replicas", lambda *given, **more: seen.append((*given[:2], more)) or 143
+    )
+    words = [*small, "--strategy.name", name, "--strategy.elastic", "true", "--strategy.max_restarts", "7"]
+    run_dir = str(tmp_path / "run")
+    assert main(["train", "tiny", "--workers", "2", "--run-dir", run_dir, *words]) == 143
+    assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *words], {"max_restarts": 7})]
+
+
 # How a run may end
 
 

@@ -31,7 +31,8 @@ def configured(**settings):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_name_in_the_table_is_a_setting_and_builds(name):
-    config = configured(name=name, **({"f": 0} if name in ("robust", "dstar") else {}))
+    needed = {"robust": {"f": 0}, "dstar": {"f": 0}, "streaming_diloco": {"fragments": 2}}
+    config = configured(name=name, **needed.get(name, {}))
     model = nn.Sequential(nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     grid = split(Alone(), replicas=1, shards=1)
@@ -102,6 +103,20 @@ def test_one_replica_is_told_that_it_exchanges_with_nobody(caplog):
     with caplog.at_level(logging.WARNING):
         build_strategy(DiLoCoConfig(), trained)
     assert "strategy.name=diloco with one replica exchanges with nobody" in caplog.text
+
+
+def test_more_fragments_than_units_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    trained = Trained(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        unit_names=["0"],
+        comm=Alone(),
+        grid=split(Alone(), replicas=1, shards=1),
+    )
+    build_strategy(DiLoCoConfig(fragments=2), trained)
+    with pytest.raises(ConfigError, match=r"strategy.fragments=4 is more than the 2 units .* to at most 2"):
+        build_strategy(DiLoCoConfig(fragments=4), trained)
 
 
 def test_a_setting_within_a_preset_leaves_the_rest_of_the_preset():

@@ -1,5 +1,7 @@
 """What belongs to a bare gloo group only; what all promise is in `contracts/test_communicators.py`."""
 
+import threading
+import time
 from datetime import timedelta
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hardy.clock import VirtualClock
-from hardy.distributed.comm import WorkerLostError
+from hardy.distributed.comm import PeerLostError, WorkerLostError
 from hardy.distributed.gloo import GlooComm
 
 
@@ -37,3 +39,29 @@ def test_a_collective_that_fails_closes_the_group(lone_group):
     with pytest.raises(WorkerLostError, match="'barrier'.*connections are closed"):
         lone_group.barrier()
     assert lone_group.bytes_sent == 0
+
+
+def test_closing_is_noticed_by_one_who_waits_though_posts_to_it_were_not_taken(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    noticed, comms = [], {}
+
+    def live(rank):
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=20))
+        comms[rank] = GlooComm(group, clock=VirtualClock(), whose="two threads")
+        del group
+        comms[rank].barrier()
+        if rank == 0:
+            comms[0].post(torch.ones(100_000), to=1, tag=1)
+            comms[0].close()
+            return
+        began_s = time.monotonic()
+        with pytest.raises(PeerLostError, match="with worker 0"):
+            comms[1].take(torch.ones(1), source=0, tag=2)
+        noticed.append(time.monotonic() - began_s)
+
+    threads = [threading.Thread(target=live, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert noticed and noticed[0] < 5.0  # of a time-out of 20

@@ -1,6 +1,12 @@
-"""Gossip between real processes: as in simulation, cut off and resumed, sharded replicas, a wish to stop."""
+"""Gossip between real processes: as in simulation, cut off and resumed, sharded, without one that died."""
 
+import json
+import multiprocessing
+import os
 import shutil
+import signal
+import time
+import warnings
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ from torch.distributed.tensor import distribute_tensor
 
 from hardy.config import from_dict, override, to_dict
 from hardy.distributed.comm import leave_world
+from hardy.distributed.elastic import StoreHost
 from hardy.distributed.gossip.build import build_push_sum
 from hardy.distributed.gossip.config import PushSumConfig, TopologyConfig, WeightsConfig
 from hardy.distributed.groups import split
@@ -131,3 +138,77 @@ def test_a_run_of_sharded_replicas_cut_off_goes_on_bit_for_bit(run_workers, conf
     as_workers(run_workers, tmp_path, "b", size=4, work=lambda around, _: resume(cut, around).steps)
     assert lines(cut) == lines(whole) and len(lines(whole)) == 12
     assert all("mass" in line and "distance_to_mean" in line for line in lines(whole)[1:])
+
+
+def hold_store(pipe, killed, replica):
+    """Hold the store of a launcher, which tells the others once the replica has ended."""
+    host = StoreHost()
+    pipe.send(host.address)
+    while not killed.exists():
+        time.sleep(0.01)
+    host.report_loss(replica)
+    pipe.recv()
+
+
+@pytest.fixture
+def open_store(tmp_path):
+    """Return the address of a store; a process of its own holds it, and reports the loss of a replica."""
+    processes = []
+
+    def opened(*, replica):
+        ours, theirs = multiprocessing.get_context("fork").Pipe()
+        work = {"target": hold_store, "args": (theirs, tmp_path / "killed", replica), "daemon": True}
+        processes.append((multiprocessing.get_context("fork").Process(**work), ours))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*multi-threaded", category=DeprecationWarning)
+            processes[-1][0].start()
+        return ours.recv()
+
+    yield opened
+    for process, _ in processes:
+        process.kill()
+        process.join()
+
+
+def test_the_others_go_on_without_a_killed_replica_and_fewer_resume_the_run(
+    run_workers, config, tmp_path, open_store
+):
+    strategy = {"name": "push_sum", "elastic": True, "agree_every_steps": 4}
+    made = from_dict(TrainConfig, to_dict(config) | {"strategy": strategy})
+    made = from_dict(TrainConfig, override(to_dict(made), {"train.steps": 20, "train.batch_packs": 6}))
+    longer = from_dict(TrainConfig, override(to_dict(made), {"train.steps": 26}))
+    run_dir, address = tmp_path / "run", open_store(replica=1)
+
+    def dies_at_step_8():
+        if (run_dir / "metrics.jsonl").exists() and len(list(read_metrics(run_dir / "metrics.jsonl"))) >= 8:
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def train(comm):
+        leave_world()
+        stop = dies_at_step_8 if comm.rank == 1 else lambda: None
+        world = World(rank=comm.rank, size=3, store=address)
+        around = Surroundings(cache_dir=tmp_path / "cache", world=world, stop_signal=stop)
+        return start(made, run_dir, around).steps
+
+    assert run_workers(train, size=3, may_die=[1]) == [20, 20]
+    read = list(read_metrics(run_dir / "metrics.jsonl"))
+    (lost,) = [line for line in read if line.get("left")]
+    assert lost["left"] == [1] and lost["members"] == [0, 2] and 8 <= lost["step"] <= 12
+    assert 0 < lost["lost_mass"] < 3 and [line["generation"] for line in (read[0], read[-1])] == [0, 1]
+    assert read[0]["members"] == [0, 1, 2] and read[-1]["members"] == [0, 2] and read[-1]["step"] == 20
+    saved = [run_dir / name / "step-00000020" for name in ("checkpoints", "checkpoints-replica-2")]
+    masses = [json.loads((path / "plain.json").read_text())["plain"]["strategy"]["about"] for path in saved]
+    assert sum(about["mass"] for about in masses) == pytest.approx(2.0, rel=1e-9)
+
+    again = open_store(replica=1)
+
+    def go_on(comm):
+        leave_world()
+        world = World(rank=comm.rank, size=2, store=again)
+        return resume(run_dir, Surroundings(cache_dir=tmp_path / "cache", world=world), config=longer).steps
+
+    assert run_workers(go_on, size=2) == [26, 26]
+    read = list(read_metrics(run_dir / "metrics.jsonl"))
+    assert [line["step"] for line in read][-6:] == [*range(21, 27)] and read[-1]["members"] == [0, 1]
+    assert read[20]["mass"] == 1.0 and read[-1]["loss"] < read[0]["loss"]

@@ -1,5 +1,6 @@
 """A replica that comes and goes: when it is one, what it shares with others, where it begins."""
 
+import json
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
@@ -47,8 +48,9 @@ def test_only_replicas_of_a_launcher_with_a_store_have_a_membership(make_config,
         assert membership_of(elastic(), World(), held) is None  # one alone has nobody to lose
         with pytest.raises(UserError, match="strategy.elastic=true needs replicas that `hardy train --work"):
             membership_of(elastic(), World(rank=1, size=2, address="env://"), held)
-        found = membership_of(elastic(), World(rank=1, size=2, store="localhost:1"), held)
-        assert (found.replica, found.replicas) == (1, 2)
+        for config in (elastic(), make_config(strategy={"name": "push_sum", "elastic": True})):
+            found = membership_of(config, World(rank=1, size=2, store="localhost:1"), held)
+            assert (found.replica, found.replicas) == (1, 2)
 
 
 def test_a_fingerprint_changes_with_every_setting_but_the_display(elastic):
@@ -111,6 +113,19 @@ def test_a_run_of_one_with_a_store_is_one_without_and_ends_with_a_round(elastic,
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     assert live(config, tmp_path / "run", cache_dir, StoreHost(), begin=resumed).steps == 6  # nothing to do
+
+
+def test_a_gossiping_replica_alone_with_a_store_trains_and_resumes(make_config, cache_dir, tmp_path):
+    strategy = {"name": "push_sum", "elastic": True}
+    config, run_dir = make_config(strategy=strategy, train__steps=4), tmp_path / "run"
+    assert live(config, run_dir, cache_dir, StoreHost()).steps == 4
+    plain = next((run_dir / "checkpoints" / "step-00000004").glob("plain.json"))
+    about = json.loads(plain.read_text())["plain"]["strategy"]["about"]
+    assert about["replica"] == 0 and about["members"] == [0]
+    longer = make_config(strategy=strategy, train__steps=6)
+    assert live(longer, run_dir, cache_dir, StoreHost(), begin=resumed).steps == 6
+    steps = [line["step"] for line in read_metrics(run_dir / "metrics.jsonl")]
+    assert steps == [*range(1, 7)]
 
 
 def test_a_resume_takes_the_newest_good_checkpoint_of_any_replica(elastic, cache_dir, tmp_path, caplog):

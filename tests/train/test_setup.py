@@ -66,6 +66,14 @@ def test_a_batch_that_workers_cannot_share_is_refused(make_config, corpus):
         SimWorld(3).run(lambda comm: assemble(make_config(), comm, corpus=corpus, hardware=HARDWARE))
 
 
+@pytest.mark.parametrize(("warmup_steps", "is_told"), [(6, True), (5, False)])
+def test_a_warm_up_that_is_the_whole_run_is_told(make_config, corpus, caplog, warmup_steps, is_told):
+    config = make_config(strategy__name="edit", strategy__warmup_steps=warmup_steps, train__steps=6)
+    assemble(config, Alone(), corpus=corpus, hardware=HARDWARE)
+    text = f"strategy.warmup_steps={warmup_steps} is not below train.steps=6: no replica ever trains alone"
+    assert (text in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -63,6 +63,13 @@ def test_elastic_has_no_warm_up():
     assert entries([{"name": "edit"}], {"elastic": True})[0].config.warmup_steps == 0
 
 
+def test_elastic_gossip_is_not_simulated():
+    edit, gossip = entries([{"name": "edit"}, {"name": "push_sum"}], {"elastic": True})
+    assert edit.config.elastic and not gossip.config.elastic
+    with pytest.raises(ConfigError, match="strategy.elastic=true of push_sum cannot be simulated"):
+        entries([{"name": "push_sum", "elastic": True}], {})
+
+
 def test_names_choose_from_the_file_by_label_or_name_and_else_defaults(tmp_path):
     path = cluster(
         tmp_path,

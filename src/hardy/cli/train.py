@@ -18,6 +18,7 @@ from hardy.cli.stop import StopSignal
 from hardy.cli.workers import run_replicas, run_workers
 from hardy.config import UserError, parse_dotted
 from hardy.distributed.config import LocalUpdateConfig
+from hardy.distributed.gossip.config import PushSumConfig
 from hardy.distributed.robust.config import CombinedConfig
 from hardy.train.config import TrainConfig
 from hardy.train.folder import RunFolder
@@ -112,7 +113,7 @@ def _launch(config: TrainConfig, run_dir: Path, num_workers: int, words: list[st
             return run_replicas(num_workers, words, host, max_restarts=strategy.fastest.max_restarts)
         finally:
             host.close()
-    if isinstance(strategy, LocalUpdateConfig) and strategy.elastic:
+    if isinstance(strategy, (LocalUpdateConfig, PushSumConfig)) and strategy.elastic:
         from hardy.distributed.elastic import StoreHost  # imports torch
 
         return run_replicas(num_workers, words, StoreHost(), max_restarts=strategy.max_restarts)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from hardy.config import read_arguments
+from hardy.config import ConfigError, read_arguments
 from hardy.distributed.aggregation import build_aggregator
 from hardy.distributed.attacks import build_attack
 from hardy.distributed.comm import Communicator
@@ -102,6 +102,11 @@ def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
         )
     is_beside = config.layerwise or config.delay_steps > 0 or config.delay_rounds > 0
     units = Units(trained.model, trained.unit_names)
+    if config.fragments > len(units):
+        raise ConfigError(
+            f"strategy.fragments={config.fragments} is more than the {len(units)} units of the model (its "
+            f"blocks, and all the rest as one); set it to at most {len(units)}"
+        )
     outer = trained.outer or FixedGroup(grid.outer)
     strategy = LocalUpdates(
         units,
@@ -197,7 +202,7 @@ def _build_push_sum(config: PushSumConfig, trained: Trained) -> Strategy:
         trained.model,
         unit_names=trained.unit_names,
         inner=trained.grid.inner,
-        outer=trained.grid.outer,
+        outer=trained.outer or trained.grid.outer,
     )
 
 

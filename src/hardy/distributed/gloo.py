@@ -118,7 +118,9 @@ class GlooComm:
         """Close all connections, so that those who still wait for this worker notice at once.
 
         Only the end of the group does: torch's `abort` and `shutdown` leave those of gloo open (torch 2.13).
+        Posts that were not taken would keep it alive, so they are dropped.
         """
+        self._outbox = Outbox()
         self._group = None
 
     def _open(self) -> Any:

@@ -16,7 +16,7 @@ from typing import Literal, Protocol, runtime_checkable
 from torch import Tensor
 
 from hardy.clock import Clock
-from hardy.distributed.comm import Communicator, TorchComm, WorkerLostError
+from hardy.distributed.comm import Communicator, Mail, MailCommunicator, TorchComm, WorkerLostError
 from hardy.distributed.simulation import SimComm
 
 
@@ -88,6 +88,7 @@ class ExcludedError(WorkerLostError):
     """The others went on without this replica."""
 
 
+@runtime_checkable
 class OuterGroup(Communicator, Protocol):
     """A communicator over replicas whose members may change."""
 
@@ -109,6 +110,11 @@ class OuterGroup(Communicator, Protocol):
     @property
     def runs_beside(self) -> bool:
         """Whether collectives may run in one thread while another computes."""
+        ...
+
+    @property
+    def mail(self) -> MailCommunicator:
+        """The communicator of the present generation, for messages between two members."""
         ...
 
     def reform(self) -> None:
@@ -178,6 +184,15 @@ class Regrouping:
     def barrier(self) -> None:
         """Wait until everyone is here."""
         self._comm.barrier()
+
+    @property
+    def mail(self) -> MailCommunicator:
+        """The communicator of the present generation, for messages between two members."""
+        if not isinstance(self._comm, Mail):
+            raise TypeError(
+                f"{type(self._comm).__name__} has no mail; give Alone, TorchComm, GlooComm or SimComm"
+            )
+        return self._comm
 
     def renew(self, comm: Communicator, members: Sequence[int], *, generation: int) -> None:
         """Go on as another generation."""

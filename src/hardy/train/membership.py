@@ -18,6 +18,8 @@ from hardy.config import UserError, to_dict
 from hardy.distributed.comm import Communicator
 from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.elastic import Patience, StoreGroup
+from hardy.distributed.gossip.config import PushSumConfig
+from hardy.distributed.gossip.push_sum import PushSum
 from hardy.distributed.groups import OuterGroup
 from hardy.distributed.local.updates import LocalUpdates
 from hardy.distributed.robust.fastest import FastestGroup
@@ -57,7 +59,7 @@ def membership_of(config: TrainConfig, world: World, held: ExitStack) -> Members
         UserError: replicas should come and go, but nobody holds a store for them.
     """
     strategy = config.strategy
-    if not isinstance(strategy, LocalUpdateConfig) or not strategy.elastic:
+    if not isinstance(strategy, (LocalUpdateConfig, PushSumConfig)) or not strategy.elastic:
         return None
     if world.size > 1 and world.store is None:
         raise UserError(
@@ -79,6 +81,8 @@ def membership_of(config: TrainConfig, world: World, held: ExitStack) -> Members
 
 def has_come_late(strategy: Strategy) -> bool:
     """Take over the place of replicas that train already; return whether there are any."""
+    if isinstance(strategy, PushSum):
+        return strategy.join()
     if not isinstance(strategy, LocalUpdates):
         return False  # its weights, from a checkpoint, are brought up to date at the first step
     strategy.join()

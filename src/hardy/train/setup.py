@@ -1,5 +1,6 @@
 """From a configuration to what trains: model, optimizer, strategy, batches. The same in all three worlds."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from hardy.data.stream import PackStream
 from hardy.distributed.balance.attention import context_parallel_attention
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.comm import Alone, Communicator
+from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.groups import Grid, OuterGroup, split
 from hardy.distributed.robust.config import CombinedConfig
 from hardy.distributed.sharded import parallelize, place
@@ -37,6 +39,8 @@ from hardy.train.membership import Membership
 from hardy.train.plan import RunPlan, plan_run
 from hardy.train.step import AutocastSetting, Worker
 from hardy.train.trusted import packs_to_trust, trusted_draw
+
+logger = logging.getLogger(__name__)
 
 
 class Stateful(Protocol):
@@ -91,6 +95,7 @@ def assemble(
         UserError: settings, data and number of workers do not fit together.
     """
     sizes = plan_run(config, num_workers=membership.replicas if membership else comm.size)
+    _tell_of_warmup(config.strategy, config.train.steps, rank=comm.rank)
     grid = _grid(config, comm, replicas=sizes.replicas, membership=membership)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
@@ -250,6 +255,18 @@ def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
             f"is {shards}; set it to 1, or use apollo_mini"
         )
     return config.group_columns
+
+
+def _tell_of_warmup(strategy: object, total_steps: int, *, rank: int) -> None:
+    """Warn of local updates whose synchronous steps at the beginning are the whole run."""
+    if not isinstance(strategy, LocalUpdateConfig) or strategy.warmup_steps < total_steps or rank > 0:
+        return
+    logger.warning(
+        "strategy.warmup_steps=%d is not below train.steps=%d: no replica ever trains alone; lower it, a "
+        "twentieth of the run is a good measure",
+        strategy.warmup_steps,
+        total_steps,
+    )
 
 
 def _released(

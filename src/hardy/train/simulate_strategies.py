@@ -18,6 +18,7 @@ from hardy.config import (
     unknown_name,
 )
 from hardy.distributed.config import AnomalyConfig, LocalUpdateConfig, StrategyConfig
+from hardy.distributed.gossip.config import PushSumConfig
 from hardy.train.simulate_config import SimulationConfig, read_config
 
 STRATEGIES: dict[str, Any] = {cls.name: cls for cls in get_args(StrategyConfig)}
@@ -158,7 +159,7 @@ def _names(cls: type[Config]) -> set[str]:
 
 def _concerns(key: str, cls: type[Config], table: Mapping[str, Any]) -> bool:
     """Whether a setting of the command line is for this strategy: intervals only where it goes by them."""
-    if key not in _names(cls) or key == "name":
+    if key not in _names(cls) or key == "name" or (key == "elastic" and cls is PushSumConfig):
         return False
     if key in ("every_steps", "every_s", "min_steps"):
         return (key == "every_steps") == (_interval(cls, table) == "every_steps")
@@ -212,6 +213,11 @@ def _check_strategy(strategy: StrategyConfig, config: SimulationConfig) -> None:
             f"whole replica; set it to 1, and step_s to what a sharded replica's step takes"
         )
     strategy.mesh.sizes(config.workers)
+    if isinstance(strategy, PushSumConfig) and strategy.elastic:
+        raise ConfigError(
+            "strategy.elastic=true of push_sum cannot be simulated: simulated neighbours of one that dies go "
+            "on without it, and form no new graph; set it to false"
+        )
     if not isinstance(strategy, LocalUpdateConfig):
         return
     if strategy.copies > 1:

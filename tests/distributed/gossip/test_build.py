@@ -23,9 +23,17 @@ def test_one_replica_and_narrow_messages_are_warned_of(caplog):
     assert "kept only up to the rounding of bf16" in caplog.text
 
 
-def test_a_group_without_mail_is_refused():
-    with pytest.raises(TypeError, match="FixedGroup has no mail; give Alone, TorchComm"):
-        build(nn.Linear(2, 2), FixedGroup(Alone()))
+class WithoutMail:
+    """A communicator that only meets."""
+
+    rank, size, bytes_sent = 0, 1, 0
+
+
+def test_a_group_without_mail_is_refused_and_one_with_is_taken_as_it_is():
+    with pytest.raises(TypeError, match="WithoutMail has no mail; give Alone, TorchComm"):
+        build(nn.Linear(2, 2), WithoutMail())
+    group = FixedGroup(Alone())
+    assert build(nn.Linear(2, 2), group).group is group
 
 
 def test_narrow_parameters_are_refused_and_wide_ones_computed_with():

@@ -3,7 +3,9 @@
 import pytest
 
 from hardy.config import ConfigError, from_dict, to_dict
-from hardy.distributed.gossip.config import PushSumConfig, TopologyConfig, WeightsConfig
+from hardy.distributed.gossip.config import ONLY_SOME_SIZES, PushSumConfig, TopologyConfig, WeightsConfig
+from hardy.distributed.gossip.topology import GRAPHS, Topology
+from hardy.distributed.mesh_config import MeshConfig
 
 
 def test_defaults_are_the_plain_method_on_one_peer():
@@ -36,6 +38,7 @@ def test_a_file_belongs_to_its_own_kind(settings):
         TopologyConfig(**settings)
 
 
+FILE = {"name": "file", "file": "x.json"}
 EXACT = WeightsConfig(name="adaptive", distance_mode="exact")
 
 
@@ -53,8 +56,29 @@ EXACT = WeightsConfig(name="adaptive", distance_mode="exact")
             "but strategy.mix_every_steps=2; set it to 1",
         ),
         ({"mix_every_steps": 0}, "strategy.mix_every_steps"),
+        ({"timeout_s": 0.0}, "strategy.timeout_s"),
+        ({"elastic": True, "mesh": MeshConfig(shards=2)}, "but strategy.mesh.shards=2; set it to 1"),
+        ({"elastic": True, "overlap": True}, "but strategy.overlap=True; set strategy.overlap to false"),
+        ({"elastic": True, "method": "gradient_tracking"}, "but strategy.method='gradient_tracking'; set"),
+        (
+            {"elastic": True, "on_send_failure": "running_sum"},
+            "but strategy.on_send_failure='running_sum'; set",
+        ),
+        *(
+            ({"elastic": True, "topology": TopologyConfig(**graph)}, f"name='{graph['name']}' has only some")
+            for graph in ({"name": "torus"}, {"name": "hypercube"}, {"name": "double_clique"}, FILE)
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, text):
     with pytest.raises(ConfigError, match=text):
         PushSumConfig(**settings)
+
+
+def test_graphs_that_replicas_may_leave_are_there_for_every_number_of_them():
+    drawn = ["random_edges", "random_matching", "base_k"]
+    for name in {*GRAPHS, *drawn} - {*ONLY_SOME_SIZES}:
+        topology = TopologyConfig(name=name)
+        assert PushSumConfig(topology=topology, elastic=True).elastic
+        for num_nodes in range(1, 12):
+            assert len(Topology(topology, num_nodes=num_nodes).at(3).shares) == num_nodes

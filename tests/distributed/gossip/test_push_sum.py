@@ -204,7 +204,7 @@ def test_a_replica_that_dies_leaves_the_others_an_average_of_theirs_and_a_new_on
         here = comm.among([0, 1, 3, 4], name="third")
         if comm.rank == 4:
             mine, start, masses = Replica(here, config), None, 3.0
-        mine.strategy.renew(here, [0, 1, 3, 4], generation=2)
+        mine.strategy.renew(here, [0, 1, 3, 4], generation=2, is_new=comm.rank == 4)
         if here.rank in (0, 3):
             mine.strategy.adopt(source=0 if here.rank == 3 else None, newcomer=3)
         taken = mine.z()

@@ -130,6 +130,22 @@ def test_after_the_end_a_run_may_go_on(name):
     assert sum(mass for _, mass in got) == pytest.approx(4, rel=1e-13)
 
 
+def test_a_replica_that_reads_anothers_checkpoint_begins_anew_at_its_weights():
+    def body(comm):
+        model, strategy = begin(comm, CONFIGS["plain"])
+        steps(comm, model, strategy, range(3))
+        plain, tensors = stored(strategy.state_dict())
+        of_another = {"about": plain["about"] | {"replica": (comm.rank + 1) % comm.size}}
+        loaded = [
+            resumed(comm, CONFIGS["plain"], saved, model.state_dict())[1]
+            for saved in ((plain, tensors), (of_another, tensors))
+        ]
+        return strategy.mass, [(again.mass, again.step, again.round) for again in loaded]
+
+    for mass, [own, others] in SimWorld(3).run(body):
+        assert own == (mass, 3, 3) and others == (1.0, 3, 3) and mass != 1.0
+
+
 def test_among_other_replicas_each_begins_anew_at_its_weights():
     config = CONFIGS["numerators"]
 

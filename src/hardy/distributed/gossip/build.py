@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from hardy.config import ConfigError, UserError
-from hardy.distributed.comm import Communicator, Mail
+from hardy.distributed.comm import Communicator
 from hardy.distributed.gossip.config import PushSumConfig
 from hardy.distributed.gossip.exchange import Faults
 from hardy.distributed.gossip.push_sum import PushSum
 from hardy.distributed.gossip.vectors import Vectors
+from hardy.distributed.groups import FixedGroup, OuterGroup
 from hardy.distributed.sharded import local_part
 
 logger = logging.getLogger(__name__)
@@ -33,24 +34,24 @@ def build_push_sum(
         model: as it is trained; parameters in fp32 or fp64.
         unit_names: submodules that are sent as a message of their own.
         inner: the workers of this replica.
-        outer: the replicas.
+        outer: the replicas; where they may come and go, an elastic group of them.
         faults: failures to try out.
 
     Raises:
         ConfigError: the graph does not fit the number of replicas, or the parameters are too coarse.
         UserError: frozen parameters differ between replicas.
     """
-    if not isinstance(outer, Mail):
-        raise TypeError(f"{type(outer).__name__} has no mail; give Alone, TorchComm, GlooComm or SimComm")
-    if outer.size == 1:
+    group = outer if isinstance(outer, OuterGroup) else FixedGroup(outer)
+    if outer.size == 1 and not group.is_elastic:
         logger.warning("strategy.name=push_sum with one replica sends to nobody")
     elif config.comm_dtype == "bf16":
         logger.warning(
             "strategy.comm_dtype='bf16': the sum of all replicas is kept only up to the rounding of bf16"
         )
     vectors = Vectors(model, unit_names, with_buffers=config.buffers == "mix", dtype=_dtype_of(model))
-    _check_frozen(model, inner, outer)
-    return PushSum(config, vectors, inner=inner, outer=outer, faults=faults)
+    if not group.is_elastic:  # one that comes late would ask alone; their settings are compared instead
+        _check_frozen(model, inner, outer)
+    return PushSum(config, vectors, inner=inner, group=group, faults=faults)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:

@@ -10,6 +10,10 @@ RELATIVE_RATE = 1e3
 """k where distances are relative: the gate is 63 % open at a relative squared distance of 1e-3."""
 
 
+ONLY_SOME_SIZES = ("torus", "hypercube", "double_clique", "file")
+"""Graphs that one replica less may not have."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TopologyConfig(Config):
     """Who sends to whom, at each round."""
@@ -122,11 +126,19 @@ class PushSumConfig(Config):
     """reabsorb: a sender takes back what was refused. running_sum: each message holds all that was ever sent
     (fp64), so the next one makes good for a lost one; two more copies of the weights per neighbour."""
     agree_every_steps: PositiveInt = 16
-    """Steps between two looks whether someone asks to stop: one number over all replicas."""
+    """Steps between two looks whether someone asks to stop, or to join: two numbers over all replicas."""
+    elastic: bool = False
+    """Whether replicas may die and come back while the others go on."""
+    timeout_s: PositiveFloat = 60.0
+    """Of elastic: how long a silent replica is waited for."""
+    max_restarts: NonNegativeInt = 3
+    """Of elastic: how often `hardy train --workers` starts a replica again that was lost."""
 
     def __post_init__(self) -> None:
         """Check what the settings say together."""
         super().__post_init__()
+        if self.elastic:
+            self._check_elastic()
         if self.on_send_failure == "running_sum" and self.comm_dtype != "fp32":
             raise ConfigError(
                 "strategy.on_send_failure='running_sum' sends sums in fp64, which strategy.comm_dtype="
@@ -147,4 +159,29 @@ class PushSumConfig(Config):
             raise ConfigError(
                 f"strategy.method='gradient_tracking' exchanges at every step, but strategy.mix_every_steps="
                 f"{self.mix_every_steps}; set it to 1"
+            )
+
+    def _check_elastic(self) -> None:
+        if self.mesh.shards > 1:
+            raise ConfigError(
+                f"strategy.elastic=true needs replicas of one worker in this version, but strategy.mesh."
+                f"shards={self.mesh.shards}; set it to 1"
+            )
+        if self.topology.name in ONLY_SOME_SIZES:
+            raise ConfigError(
+                f"strategy.elastic=true needs a graph of any number of replicas, and strategy.topology.name="
+                f"{self.topology.name!r} has only some; take 'one_peer_exponential', 'base_k' or "
+                f"'symmetric_ring'"
+            )
+        needs = {"overlap": False, "method": "push", "on_send_failure": "reabsorb"}
+        others = [
+            f"strategy.{key}={getattr(self, key)!r}"
+            for key, value in needs.items()
+            if getattr(self, key) != value
+        ]
+        if others:
+            raise ConfigError(
+                f"strategy.elastic=true needs rounds that end with a receipt for each message, so that "
+                f"survivors know what the lost one took, but {', '.join(others)}; set strategy.overlap to "
+                f"false, strategy.method to 'push', strategy.on_send_failure to 'reabsorb'"
             )

@@ -67,6 +67,8 @@ class Sent:
     shares: dict[int, float]
     mass: float
     vectors: list[Tensor]
+    accepted: set[int] = field(default_factory=set)
+    """Receivers whose receipt says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,18 @@ from torch import Tensor
 
 from hardy.config import UserError
 from hardy.distributed.comm import Communicator, MailCommunicator, PeerLostError
+from hardy.distributed.gossip import members as group_members
 from hardy.distributed.gossip import state
 from hardy.distributed.gossip.config import PushSumConfig
 from hardy.distributed.gossip.distances import Distances
-from hardy.distributed.gossip.exchange import REFUSED, Exchange, Faults, Gain, Sent
+from hardy.distributed.gossip.exchange import ACCEPTED, REFUSED, Exchange, Faults, Gain, Sent
+from hardy.distributed.gossip.members import CutOff, Membership
 from hardy.distributed.gossip.message import run_id
 from hardy.distributed.gossip.spread import distance_to_mean, squares_to
 from hardy.distributed.gossip.topology import Topology
 from hardy.distributed.gossip.vectors import Vectors, all_finite
 from hardy.distributed.gossip.weights import self_share
+from hardy.distributed.groups import OuterGroup
 from hardy.distributed.strategy import Strategy
 
 LEAST_MASS = 1e-6
@@ -51,7 +54,7 @@ class PushSum(Strategy):
         config: the settings.
         vectors: the model.
         inner: the workers of this replica.
-        outer: the replicas.
+        group: the replicas; where it is elastic, some may die and come while the others go on.
         faults: failures to try out.
     """
 
@@ -61,11 +64,11 @@ class PushSum(Strategy):
         vectors: Vectors,
         *,
         inner: Communicator,
-        outer: MailCommunicator,
+        group: OuterGroup,
         faults: Faults | None = None,
     ) -> None:
-        self.config, self.vectors, self.inner = config, vectors, inner
-        self.topology = Topology(config.topology, num_nodes=outer.size)
+        self.config, self.vectors, self.inner, self.group = config, vectors, inner, group
+        self.topology = Topology(config.topology, num_nodes=group.size)
         self.tracks = config.method == "gradient_tracking"
         self.distances: Distances | None = None
         if config.weights.name == "adaptive":
@@ -73,7 +76,7 @@ class PushSum(Strategy):
         sums = config.on_send_failure == "running_sum"
         like = vectors.zeros() + (vectors.zeros(count=vectors.parameter_sets) if self.tracks else [])
         self.exchange = Exchange(
-            outer,
+            group.mail,
             inner,
             run=run_id(repr(config)),
             like=like,
@@ -84,7 +87,9 @@ class PushSum(Strategy):
             else None,
             faults=faults,
         )
+        self.exchange.join(group.mail, group.members, generation=group.generation)
         self.step, self.round, self.mass = 0, 0, 1.0
+        self.membership = Membership()
         self.sent: list[Sent] = []
         """Rounds whose receipts are not in."""
         self.tracked = vectors.zeros(count=vectors.parameter_sets) if self.tracks else []
@@ -107,7 +112,8 @@ class PushSum(Strategy):
         return self.exchange.comm
 
     def before_forward(self) -> None:
-        """Keep z where the local update must be told from it."""
+        """Keep z where the local update must be told from it; elastic, agree with the others at first."""
+        group_members.begin(self)
         if self.mass != 1.0 and self.numerators is None and not self.tracks:
             self._before = self.vectors.read_all()
 
@@ -120,6 +126,7 @@ class PushSum(Strategy):
             now = self.gradients  # as if this replica's had not changed: y must never hold a NaN
         half = self._numerators_of(self.vectors.read_all())
         mixed = self._mix(half + self.tracked) if self._mixes() else half + self.tracked
+        assert mixed is not None, "replicas that may be lost do not track gradients"
         x, self.tracked = mixed[: len(half)], mixed[len(half) :]
         for y, new, old in zip(self.tracked, now, self.gradients, strict=True):
             y.add_(new).sub_(old)
@@ -133,14 +140,22 @@ class PushSum(Strategy):
             if self.numerators is not None:
                 self.numerators = [self.mass * z for z in self.vectors.read_all()]
         elif self._mixes():
-            self._show(self._mix(self._half_steps()))
+            x = self._mix(self._half_steps())
+            if x is not None:
+                self._show(x)
         elif self.mass != 1.0 or self.numerators is not None:
             self._show(self._half_steps())
         self._before = None
         self.step += 1
+        if self.has_lost:
+            group_members.regroup(self)
 
     def finish(self) -> None:
         """Take what is still under way, so that nothing of the replicas' sum is left in the network."""
+        if self.group.is_elastic:
+            self._finish_posts(keep_last=0)
+            group_members.end(self)
+            return
         if self.config.overlap and self.round > 0 and self.outer.size > 1:
             x = self._numerators_of(self.vectors.read_all())
             gains = self._arrivals(self.round - 1, None)
@@ -155,10 +170,12 @@ class PushSum(Strategy):
     def agreed_stop(self, votes: int) -> bool:
         """Return whether someone asked to stop, at the steps at which all replicas look."""
         self._wants_stop |= votes > 0
-        if self.outer.size == 1:
+        if self.outer.size == 1 and (self._wants_stop or not self.group.is_elastic):
             return self._wants_stop
-        if self.step % self.config.agree_every_steps:
+        if self.membership.has_ended or self.step % self.config.agree_every_steps:
             return False
+        if self.group.is_elastic:
+            return group_members.look_around(self, wants_stop=self._wants_stop)
         return bool(self.outer.sum(torch.tensor(self._wants_stop, dtype=torch.int64)) > 0)
 
     @contextmanager
@@ -183,35 +200,43 @@ class PushSum(Strategy):
     def take_report(self) -> dict[str, Any]:
         """Return the numbers of this step's round, if it had one."""
         report, self._report = self._report, {}
-        return report
+        if not self.group.is_elastic:
+            return report
+        return report | self.membership.take_report(self.exchange, is_round=bool(report))
 
-    def renew(self, comm: MailCommunicator, members: Sequence[int], *, generation: int) -> None:
+    def own_steps(self, step: int) -> int:
+        """Return the steps done; elastic, a replica that a loss left behind goes on where the others are."""
+        return self.step if self.group.is_elastic else step
+
+    def standing(self, step: int) -> int:
+        """Return the steps done, as `own_steps` does."""
+        return self.own_steps(step)
+
+    def join(self) -> bool:
+        """Take over the place of those who train already; return whether there are any."""
+        if self.group.generation == 0:
+            return False
+        self.membership.is_new = True
+        group_members.begin(self)
+        return True
+
+    def renew(
+        self, comm: MailCommunicator, members: Sequence[int], *, generation: int, is_new: bool = False
+    ) -> None:
         """Go on with other replicas; all of them call it between two steps, with overlap after `finish`.
 
         The mass of those who left is gone with their weights; all masses are scaled so that they add up to
         the number of replicas again, which leaves every z as it is. Who has just come calls `adopt` after
-        this.
+        this. An elastic group does both by itself.
 
         Args:
             comm: those who go on.
             members: their numbers, by rank; a replica keeps its own.
             generation: higher than before.
+            is_new: whether this replica has just come.
         """
-        self.exchange.forget([member for member in self.exchange.members if member not in members])
-        if self.distances:
-            self.distances.of = {j: known for j, known in self.distances.of.items() if j in members}
-        self.exchange.join(comm, members, generation=generation)
-        self.topology = Topology(self.config.topology, num_nodes=comm.size)
-        self.sent = []
-        numbers = torch.tensor([self.mass, 1.0], dtype=torch.float64)
-        total, count = comm.sum(numbers).tolist()
-        before = self.mass
-        self.mass *= count / total
-        if self.numerators is not None:
-            self.numerators = [x * (self.mass / before) for x in self.numerators]
-        rounds = comm.all_gather(torch.tensor([self.step, self.round]))
-        self.step, self.round = rounds.amax(0).tolist()
-        self.settled = self.round
+        self.membership.is_new = is_new
+        group_members.renew(self, comm, members, generation=generation)
 
     def adopt(self, *, source: int | None, newcomer: int) -> None:
         """Give a replica that has just come the weights of a neighbour; both call it.
@@ -243,6 +268,11 @@ class PushSum(Strategy):
         self._room = None
         state.recall(self, state_dict)
 
+    @property
+    def has_lost(self) -> bool:
+        """Whether this replica noticed a loss that ends its round."""
+        return self.group.is_elastic and bool(self.exchange.gone)
+
     def _mixes(self) -> bool:
         return self.outer.size > 1 and (self.step + 1) % self.config.mix_every_steps == 0
 
@@ -268,8 +298,11 @@ class PushSum(Strategy):
         for index in range(len(self.vectors)):
             self.vectors.write(index, x[index], over=self.mass)
 
-    def _mix(self, half: list[Tensor]) -> list[Tensor]:
-        """Hold a round: send shares of x^h, take the others', set the mass; return the numerators."""
+    def _mix(self, half: list[Tensor]) -> list[Tensor] | None:
+        """Hold a round: send shares of x^h, take the others', set the mass; return the numerators.
+
+        None where a loss cut it off: `renew` ends it, once it is known what became of the shares.
+        """
         receivers = [self.exchange.members[rank] for rank in self.peers(self.round)[0]]
         shares = self._shares(receivers)
         own = half[: len(self.vectors)]
@@ -293,7 +326,11 @@ class PushSum(Strategy):
         delay = int(self.config.overlap)
         gains = self._arrivals(self.round - delay, sketch_m)
         apart = self._distance_to_mean(self.round - delay, gains)
-        gains += self._settle(self.round - 2 * delay)
+        back = [] if self.has_lost else self._settle(self.round - 2 * delay)
+        if self.has_lost:
+            self.membership.cut_off = CutOff(sent=sent, half=half, gains=gains)
+            return None
+        gains += back
         # Without overlap all but the receipts were taken, as the receivers have answered. With it, receivers
         # may not have come to what was posted in this round and the one before.
         now, receipts = self.exchange.num_posts, 2 * len(self.peers(self.round)[1])
@@ -351,6 +388,8 @@ class PushSum(Strategy):
         gains: list[Gain] = []
         for rank in self.peers(round_)[1]:
             sender = self.exchange.members[rank]
+            if self.has_lost:
+                break
             for gain in self.exchange.receive(sender, mass=self.mass, sketch_m=sketch_m):
                 gains.append(gain)
                 if self.distances:
@@ -367,9 +406,11 @@ class PushSum(Strategy):
         self.sent.remove(sent)
         for rank in self.peers(round_)[0]:
             receiver = self.exchange.members[rank]
-            receipt = self.exchange.receipt(receiver)
+            receipt = None if self.has_lost else self.exchange.receipt(receiver)
             if receipt is None:
                 continue
+            if receipt.code == ACCEPTED:
+                sent.accepted.add(receiver)
             if self.distances:
                 self.distances.note_sketch(receiver, receipt.sketch_m)
             if receipt.code == REFUSED and receiver in sent.shares and not self.exchange.sums:
@@ -386,6 +427,10 @@ class PushSum(Strategy):
                     )
                 )
         return back
+
+    def end_round(self, half: list[Tensor], shares: Mapping[int, float], gains: Sequence[Gain]) -> None:
+        """End a round of which these shares of x^h arrived and these gains came."""
+        self._show(self._combined(half, shares, gains))
 
     def _combined(
         self, half: list[Tensor], shares: Mapping[int, float], gains: Sequence[Gain]
@@ -443,7 +488,7 @@ class PushSum(Strategy):
             "shares": {str(receiver): share for receiver, share in shares.items()},
             "distances": {str(j): d for j, d in self.distances.last.items()} if self.distances else {},
             "neighbourhood_distance": float(moved.sqrt()),
-            "bytes_sent": self.outer.bytes_sent,
+            "bytes_sent": self.group.bytes_sent if self.group.is_elastic else self.outer.bytes_sent,
             **vars(self.exchange.counters),
         }
 

@@ -36,11 +36,14 @@ def room_for(strategy: "PushSum", about: Mapping[str, Any]) -> dict[str, Any]:
 def recall(strategy: "PushSum", packed: Mapping[str, Any]) -> None:
     """Take back what `remember` gave; among other replicas begin anew at the weights, with mass 1.
 
+    So does one that reads another's checkpoint, having none of its own.
+
     Raises:
         UserError: a tensor is missing.
     """
     about = packed["about"]
-    if about["members"] != list(strategy.exchange.members):
+    me = strategy.exchange.me
+    if about["members"] != list(strategy.exchange.members) or about.get("replica", me) != me:
         strategy.step, strategy.round = about["step"], about["round"]
         strategy.settled = strategy.round
         if strategy.numerators is not None:
@@ -115,6 +118,7 @@ def _about(strategy: "PushSum") -> dict[str, Any]:
     own = ["own"] if distances and distances.own else []
     return {key: getattr(strategy, key) for key in _COUNTERS} | {
         "members": list(exchange.members),
+        "replica": exchange.me,
         "counters": dict(vars(exchange.counters)),
         "ledgers": {
             str(j): [ledger.last_round, sorted(ledger.awaited)] for j, ledger in exchange.ledgers.items()
