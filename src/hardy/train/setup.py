@@ -95,11 +95,10 @@ def assemble(
         UserError: settings, data and number of workers do not fit together.
     """
     sizes = plan_run(config, num_workers=membership.replicas if membership else comm.size)
-    _tell_of_warmup(config.strategy, config.train.steps, rank=comm.rank)
     grid = _grid(config, comm, replicas=sizes.replicas, membership=membership)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
-    check_balance(config)
+    _check_settings(config, rank=comm.rank)
     model = build_model(
         config.model, vocab_size=corpus.tokenizer.vocab_size, attention=_attention(config.balance)
     )
@@ -257,16 +256,17 @@ def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
     return config.group_columns
 
 
-def _tell_of_warmup(strategy: object, total_steps: int, *, rank: int) -> None:
-    """Warn of local updates whose synchronous steps at the beginning are the whole run."""
-    if not isinstance(strategy, LocalUpdateConfig) or strategy.warmup_steps < total_steps or rank > 0:
-        return
-    logger.warning(
-        "strategy.warmup_steps=%d is not below train.steps=%d: no replica ever trains alone; lower it, a "
-        "twentieth of the run is a good measure",
-        strategy.warmup_steps,
-        total_steps,
-    )
+def _check_settings(config: TrainConfig, *, rank: int) -> None:
+    """Refuse what cannot be balanced; warn of local updates that only ever warm up."""
+    check_balance(config)
+    strategy, total_steps = config.strategy, config.train.steps
+    if isinstance(strategy, LocalUpdateConfig) and strategy.warmup_steps >= total_steps and rank == 0:
+        logger.warning(
+            "strategy.warmup_steps=%d is not below train.steps=%d: no replica ever trains alone; lower it, a "
+            "twentieth of the run is a good measure",
+            strategy.warmup_steps,
+            total_steps,
+        )
 
 
 def _released(
