@@ -13,9 +13,16 @@ import torch
 
 from hardy.config import from_dict, override, to_dict
 from hardy.distributed.comm import join_world, leave_world
+from hardy.train import run as whole_run
 from hardy.train.config import TrainConfig
 
 torch.compile(lambda: None, backend="eager")  # imports here, once, what each child's first DTensor call would
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """Let runs end with a sample of few tokens: a sharded model is gathered for each."""
+    monkeypatch.setattr(whole_run, "SAMPLE_TOKENS", 4)
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def few_words(tmp_path):
         "model": {"name": "1m", "shape": shape | {"head_size": 12}},
         "data": {"source": f"files:{tmp_path / 'text'}", "pack_tokens": 24, "validation_fraction": 0.2},
         "optim": {"lr": 0.01, "schedule": {"warmup_steps": 3}},
-        "train": {"batch_packs": 8, "micro_packs": 1, "device": "cpu"},
+        "train": {"batch_packs": 8, "micro_packs": 1, "device": "cpu", "evaluate_packs": 4},
     }
     return from_dict(TrainConfig, override(to_dict(TrainConfig()), changes))
 

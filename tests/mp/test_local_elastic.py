@@ -236,7 +236,8 @@ NUM_KILLS, NUM_ROUNDS = 10, 200
 @pytest.mark.slow
 def test_ten_kills_in_two_hundred_rounds_cost_nothing_but_the_killed_replicas_rounds(launch, tmp_path):
     began_s, draw = time.monotonic(), random.Random(0)
-    run = launch(replicas=4, steps=NUM_ROUNDS * EVERY).train("--checkpoint.every_steps", str(EVERY))
+    run = launch(replicas=4, steps=NUM_ROUNDS * EVERY)
+    run.train("--strategy.every_steps", str(EVERY), "--checkpoint.every_steps", str(4 * EVERY))
     due = sorted(draw.sample(range(5, NUM_ROUNDS - 20), NUM_KILLS))
     settled, kills, seen = {0, 1, 2, 3}, [], 0  # those of whom a line says that they are members
 
@@ -260,7 +261,7 @@ def test_ten_kills_in_two_hundred_rounds_cost_nothing_but_the_killed_replicas_ro
             seen = note_joined(seen)
             settled.discard(replica)
             kills.append((now(), replica))
-        time.sleep(0.02)
+        time.sleep(0.1)  # the replicas need the cores
     assert run.process.returncode == 0, run.said.read_text()
     took_s = time.monotonic() - began_s
     assert len(kills) == NUM_KILLS

@@ -4,9 +4,16 @@ import pytest
 
 from hardy.config import from_dict, keep_known, override, to_dict
 from hardy.data.corpus import prepare
+from hardy.train import run as whole_run
 from hardy.train.config import TrainConfig
 
 WORDS = "the cat sat on a mat and saw the dog run to its red house by the old sea".split()
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """Let runs end with a sample of few tokens."""
+    monkeypatch.setattr(whole_run, "SAMPLE_TOKENS", 4)
 
 
 @pytest.fixture(scope="session")
