@@ -45,6 +45,12 @@ def test_strategies_are_read_as_they_are_written():
         (["profile", "--cost", "1m", "--context", "100"], "too short to see attention"),
         (["propose", "--bridge-bandwidth", "-1"], "from 0 on, got -1; 0 does not count the bridge"),
         (["propose", "--bridge-bandwidth", "nan"], "from 0 on, got nan"),
+        (
+            ["plan", "--methods", "dispatch"],
+            "--methods is for `hardy balance simulate`; leave it out of `plan`",
+        ),
+        (["simulate", "--mode", "pack"], "--mode is for `hardy balance plan`"),
+        (["propose", "--out", "cost.json"], "--out is for `hardy balance profile`"),
         (["dance"], "invalid choice"),
     ],
 )

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from hardy.cli import doctor
-from hardy.cli.failure import CommandFailedError, Terminated
+from hardy.cli.failure import SAID, CommandFailedError, Terminated
 from hardy.cli.main import VERBS, main
 from hardy.config import UserError
 
@@ -66,6 +66,18 @@ def test_ends_that_are_understood_show_no_traceback(error, code, text, monkeypat
     monkeypatch.setattr(doctor, "version_verb", lambda arguments: (_ for _ in ()).throw(error))
     assert main(["version"]) == code
     assert capsys.readouterr().err == text
+
+
+def test_workers_that_refuse_for_reasons_of_their_own_all_speak(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv(SAID, str(tmp_path))
+    for rank, verb in enumerate(["trian", "trian", "tarin"]):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([verb]) == 2
+    said = capsys.readouterr().err
+    assert said.count("'trian'") == 1 and "hardy (worker 2): there is no verb 'tarin'" in said
+    monkeypatch.setenv(SAID, str(tmp_path / "gone"))  # where nothing can be noted, all speak too
+    assert main(["trian"]) == main(["trian"]) == 2
+    assert capsys.readouterr().err.count("'trian'") == 2
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(monkeypatch, capsys):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from hardy.cli import plots
 from hardy.cli import train as train_module
 from hardy.cli.main import main
 from hardy.train import run
@@ -15,6 +16,13 @@ from hardy.train.loop import RunFailedError
 
 def errors(capsys):
     return capsys.readouterr().err
+
+
+def test_a_picture_that_fails_loses_nothing(small, tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(plots, "plot_losses", lambda run_dir: (_ for _ in ()).throw(OSError("no room")))
+    assert main(["train", "tiny", *small, "--run-dir", str(tmp_path / "run"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plot"] is None
+    assert "the losses could not be drawn: no room" in caplog.text
 
 
 def test_a_run_ends_with_a_summary_a_plot_and_the_command_noted(small, tmp_path, monkeypatch, capsys):

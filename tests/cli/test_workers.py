@@ -224,3 +224,14 @@ def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, mo
     assert (tmp_path / "0-0").read_text().startswith("127.0.0.1:")
     assert run_replicas(2, ["train", "tiny"], StoreHost(), max_restarts=0) == 0
     assert not (tmp_path / "1-1").exists()
+
+
+def test_what_all_workers_refuse_is_said_once(capfd):
+    assert run_workers(3, ["trian"]) == 2
+    assert capfd.readouterr().err.count("there is no verb 'trian'") == 1
+
+
+def test_replicas_that_refuse_say_it_once(capfd):
+    host = StoreHost()
+    assert run_replicas(2, ["trian"], host, max_restarts=1) == 2
+    assert capfd.readouterr().err.count("there is no verb 'trian'") == 1

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 ACTIONS = ("analyze", "plan", "simulate", "propose", "profile")
 BRIDGE_GB_S = 10.0
 """About the published all-to-all of 16 A800s (10.33 GB/s), the fewest of FlexSP's that leave a node."""
+MEANT_FOR = {"mode": "plan", "png": "plan", "methods": "simulate", "out": "profile", "workers": "profile"}
+"""Options that one action reads."""
 SCHEME = re.compile(r"(?P<count>\d+)x(?P<degrees>(?:\s*(?:tp|pp|cp)\d+)+)")
 
 
@@ -43,7 +45,7 @@ def add_balance(parser: Parser) -> None:
     )
     add("--degree", type=int, default=1, metavar="N", help="ranks of a group where all are equal")
     add("--objective", choices=("lock_step", "free_running"), default="lock_step", help="when ranks meet")
-    add("--mode", choices=("pack", "dispatch", "dynamic_cp"), default="dynamic_cp", help="of plan")
+    add("--mode", choices=("pack", "dispatch", "dynamic_cp"), help="of plan (default: dynamic_cp)")
     add("--methods", metavar="A,B", help="of simulate; the first is what others are measured by")
     add("--strategies", metavar="TEXT", help="'published', or such as '4x tp16 | 1x tp16 + 6x tp8'")
     add("--switch-cost", type=float, default=0.0, metavar="T", help="time to change the strategy")
@@ -117,6 +119,9 @@ class Case:
 
 
 def _check(arguments: argparse.Namespace) -> None:
+    for name, action in MEANT_FOR.items():
+        if getattr(arguments, name) is not None and arguments.action != action:
+            raise UserError(f"--{name} is for `hardy balance {action}`; leave it out of `{arguments.action}`")
     for name in ("ranks", "sequences", "tokens", "batches", "context", "cap_tokens", "degree"):
         value = getattr(arguments, name)
         if value is not None and value < 1:

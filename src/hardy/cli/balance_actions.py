@@ -84,7 +84,8 @@ def _plan(arguments: argparse.Namespace, case: Case) -> Said:
         chosen = case.strategies[choice.index]
         made, layout = choice.plan, strategy_text(chosen)
     else:
-        if arguments.mode == "dynamic_cp":
+        mode = arguments.mode or "dynamic_cp"
+        if mode == "dynamic_cp":
             case.cost.check_groups(
                 arguments.ranks, source=f"--cost {arguments.cost}", way_out="take --mode dispatch"
             )
@@ -92,7 +93,7 @@ def _plan(arguments: argparse.Namespace, case: Case) -> Said:
             lengths,
             world_size=arguments.ranks,
             cost=case.cost,
-            mode=arguments.mode,
+            mode=mode,
             objective=arguments.objective,
             degree=arguments.degree,
         )

@@ -9,6 +9,8 @@ INTERRUPTED = 130
 """Ended by Ctrl-C (SIGINT)."""
 TERMINATED = 143
 """Ended by SIGTERM."""
+SAID = "HARDY_SAID"
+"""Variable of a worker's environment: the folder in which workers note what one of them has refused."""
 
 
 class CommandFailedError(Exception):

@@ -5,6 +5,7 @@ Nothing heavy is imported before a verb needs it, so that help and refusals come
 
 import argparse
 import errno
+import hashlib
 import logging
 import os
 import sys
@@ -98,9 +99,26 @@ def main(words: Sequence[str]) -> int:
 
 
 def _say(text: str, code: int) -> int:
-    rank = os.environ.get("RANK", "0")  # several workers may have the same to say
+    rank = os.environ.get("RANK", "0")
+    if code == failure.USER_ERROR and _is_said(text):
+        return code
     print(f"hardy: {text}" if rank == "0" else f"hardy (worker {rank}): {text}", file=sys.stderr)
     return code
+
+
+def _is_said(text: str) -> bool:
+    """Return whether another worker of this machine has said this; most refuse what all refuse."""
+    folder = os.environ.get(failure.SAID)
+    if folder is None:
+        return False
+    try:
+        name = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        os.close(os.open(os.path.join(folder, name), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return True
+    except OSError:  # better twice than never
+        return False
+    return False
 
 
 def parse(words: Sequence[str]) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace] | None:

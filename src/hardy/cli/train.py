@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from hardy.train.run import Surroundings
 
 RUNS = Path("runs")
+
+logger = logging.getLogger(__name__)
 
 
 def add_train(parser: Parser) -> None:
@@ -192,7 +195,11 @@ def _show_summary(summary: "Summary", run_dir: Path, *, as_json: bool) -> None:
     """Draw the losses and print how the run ended."""
     from hardy.cli.plots import plot_losses
 
-    plot = plot_losses(run_dir)
+    try:
+        plot = plot_losses(run_dir)
+    except (ImportError, OSError) as error:  # the run is done, whatever becomes of its picture
+        logger.warning("the losses could not be drawn: %s", error)
+        plot = None
     if as_json:
         print_json(dataclasses.asdict(summary) | {"plot": plot})
         return

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Protocol
 
 from hardy.cli.environment import MEETING, RESTARTS, STORE
-from hardy.cli.failure import FAILURE, SUCCESS, USER_ERROR
+from hardy.cli.failure import FAILURE, SAID, SUCCESS, USER_ERROR
 
 GRACE_S = 20.0
 """What the other workers are given to end by themselves once one has failed."""
@@ -36,7 +36,7 @@ def run_workers(num_workers: int, arguments: Sequence[str]) -> int:
         workers: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(num_workers):
-                said = {MEETING: (Path(folder) / "meeting").as_uri()}
+                said = {MEETING: (Path(folder) / "meeting").as_uri(), SAID: folder}
                 workers.append(_begin(arguments, worker_environment(os.environ, rank, num_workers, said)))
             return _wait(workers, received)
         finally:
@@ -67,10 +67,10 @@ def run_replicas(num_replicas: int, arguments: Sequence[str], host: Host, *, max
     """
 
     def begin(replica: int, restarts: int) -> "subprocess.Popen[bytes]":
-        said = {STORE: host.address, RESTARTS: str(restarts)}
+        said = {STORE: host.address, RESTARTS: str(restarts), SAID: folder}
         return _begin(arguments, worker_environment(os.environ, replica, num_replicas, said))
 
-    with forwarded_signals() as received:
+    with tempfile.TemporaryDirectory(prefix="hardy-workers-") as folder, forwarded_signals() as received:
         crew = Crew(begin, host.report_loss, max_restarts=max_restarts)
         try:
             for replica in range(num_replicas):
