@@ -36,6 +36,19 @@ def test_replicas_that_come_and_go_are_told_of_a_store_and_how_often_they_were_l
         world(said | {"HARDY_RESTARTS": "x"})
 
 
+def test_the_workers_of_a_replica_that_comes_and_goes_are_told_where_they_meet_and_how_many_they_are():
+    said = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "5", "HARDY_STORE": "localhost:5"}
+    meeting = {"HARDY_MEETING": "file:///tmp/x", "HARDY_REPLICA_SIZE": "2"}
+    me = world(said | meeting)
+    assert (me.replica, me.replicas, me.rank_in_replica, me.address) == (2, 3, 1, "file:///tmp/x")
+    with pytest.raises(UserError, match="HARDY_REPLICA_SIZE=4, which must divide WORLD_SIZE=6"):
+        world(said | meeting | {"HARDY_REPLICA_SIZE": "4"})
+    with pytest.raises(UserError, match="HARDY_REPLICA_SIZE=0, which must divide"):
+        world(said | meeting | {"HARDY_REPLICA_SIZE": "0"})
+    with pytest.raises(UserError, match="HARDY_REPLICA_SIZE=2.* come with HARDY_MEETING; start workers by"):
+        world(said | {"HARDY_REPLICA_SIZE": "2"})
+
+
 def test_torchrun_gives_an_address():
     said = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
     assert world(said) == World(rank=3, size=4, local_rank=1, address="env://")

@@ -101,6 +101,10 @@ def test_two_workers_learn_what_one_learns(small, tmp_path, finished_run):
         (["--data.document_tokens", "65"], "data.document_tokens=65 must be at most data.pack_tokens=64"),
         (["--data.source", "files:/nowhere/*.txt"], "/nowhere/*.txt"),
         (["--data.source", "fils:x"], "there is no source 'fils'; did you mean 'files'"),
+        (
+            ["--model.name", "hf:/nowhere"],
+            "model.name=hf:/nowhere: there is no /nowhere/config.json; give a local model folder",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(small, tmp_path, capsys, arguments, text):
@@ -114,6 +118,7 @@ def test_a_refusal_imports_no_torch(tmp_path):
         "import sys\nfrom hardy.cli.main import main\n"
         "assert main(['train', 'tiny', '--data.source', 'files:/nowhere/*']) == 2\n"
         "assert main(['train', 'tiny', '--workers', '3']) == 2\n"
+        "assert main(['train', 'tiny', '--model.name', 'hf:nowhere']) == 2\n"
         "assert main(['train', 'tiny', '--dry-run']) == 0\n"
         "assert 'torch' not in sys.modules"
     )
@@ -138,6 +143,12 @@ def test_a_folder_with_anything_else_is_refused(small, tmp_path, capsys):
 def test_resume_without_a_run_is_refused(tmp_path, capsys):
     assert main(["resume", str(tmp_path)]) == 2
     assert "there is no run in" in errors(capsys)
+
+
+def test_resume_with_a_model_folder_that_is_not_there_is_refused_at_once(finished_run, monkeypatch, capsys):
+    monkeypatch.setattr(run, "resume", lambda *_, **__: pytest.fail("the data would be prepared first"))
+    assert main(["resume", str(finished_run), "--model.name", "hf:/nowhere"]) == 2
+    assert "there is no /nowhere/config.json" in errors(capsys)
 
 
 def test_the_next_run_folder_counts_on_from_the_highest(tmp_path, monkeypatch, small, capsys):
@@ -167,16 +178,33 @@ def test_workers_are_started_with_the_same_words(small, tmp_path, monkeypatch):
     assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *small, "--json"])]
 
 
-@pytest.mark.parametrize("name", ["diloco", "push_sum"])
-def test_elastic_replicas_are_started_with_a_store_and_again(small, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(("name", "shards"), [("diloco", 1), ("push_sum", 1), ("diloco", 2)])
+def test_elastic_replicas_are_started_with_a_store_and_again(small, tmp_path, monkeypatch, name, shards):
     seen = []
     monkeypatch.setattr(
         train_module, "run_replicas", lambda *given, **more: seen.append((*given[:2], more)) or 143
     )
     words = [*small, "--strategy.name", name, "--strategy.elastic", "true", "--strategy.max_restarts", "7"]
     run_dir = str(tmp_path / "run")
-    assert main(["train", "tiny", "--workers", "2", "--run-dir", run_dir, *words]) == 143
-    assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *words], {"max_restarts": 7})]
+    if shards > 1:
+        words += ["--strategy.mesh.shards", str(shards)]
+    assert main(["train", "tiny", "--workers", str(2 * shards), "--run-dir", run_dir, *words]) == 143
+    told = {"max_restarts": 7, "replica_size": shards}
+    assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *words], told)]
+
+
+def test_one_sharded_replica_alone_has_nobody_to_lose_and_others_must_be_whole(
+    small, tmp_path, monkeypatch, capsys
+):
+    seen = []
+    monkeypatch.setattr(train_module, "run_workers", lambda number, words: seen.append(number) or 0)
+    words = [*small, "--strategy.name", "diloco", "--strategy.elastic", "true"]
+    words += ["--strategy.mesh.shards", "2", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", "tiny", "--workers", "2", *words]) == 0 and seen == [2]
+    assert main(["train", "tiny", "--workers", "3", *words]) == 2
+    assert "1 replicas x 2 shards needs 2 workers, but 3 run" in errors(capsys)
+    assert main(["train", "tiny", "--workers", "4", *words, "--strategy.layerwise", "true"]) == 2
+    assert "strategy.elastic=true needs strategy.layerwise=false" in errors(capsys)
 
 
 # How a run may end

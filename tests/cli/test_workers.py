@@ -226,6 +226,48 @@ def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, mo
     assert not (tmp_path / "1-1").exists()
 
 
+@pytest.mark.mp
+def test_the_workers_of_a_replica_begin_and_end_together_and_meet_anew(tmp_path, monkeypatch):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "rank, lost = int(os.environ['RANK']), int(os.environ['HARDY_RESTARTS'])\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "words = [os.environ[name] for name in ('HARDY_MEETING', 'HARDY_STORE', 'HARDY_REPLICA_SIZE')]\n"
+        "(folder / f'{rank}-{lost}').write_text(' '.join(words))\n"
+        "def wait_for(name):\n"
+        "    for _ in range(3000):\n"
+        "        if (folder / name).exists():\n"
+        "            return\n"
+        "        time.sleep(0.01)\n"
+        "    sys.exit(1)\n"
+        "if rank == 3 and lost == 0:\n"
+        "    wait_for('2-0')\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "if rank == 2 and lost == 0:\n"
+        "    time.sleep(60)\n"
+        "wait_for('3-1')\n"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        workers.subprocess, "Popen", lambda command, **rest: real([sys.executable, str(script)], **rest)
+    )
+    host, lost = StoreHost(), []
+    monkeypatch.setattr(host, "report_loss", lost.append)
+    started_s = time.monotonic()
+    assert run_replicas(2, ["train", "tiny"], host, max_restarts=1, replica_size=2) == 0
+    assert time.monotonic() - started_s < 30  # worker 2 would have slept for 60
+    said = {path.name: path.read_text().split() for path in tmp_path.glob("[0-3]-[01]")}
+    assert sorted(said) == ["0-0", "1-0", "2-0", "2-1", "3-0", "3-1"] and set(lost) == {1}
+    assert all(words[1:] == [host.address, "2"] for words in said.values())
+    places = {name: words[0] for name, words in said.items()}
+    assert (
+        places["0-0"] == places["1-0"] and places["2-0"] == places["3-0"] and places["2-1"] == places["3-1"]
+    )
+    assert len(set(places.values())) == 3
+
+
 def test_what_all_workers_refuse_is_said_once(capfd):
     assert run_workers(3, ["trian"]) == 2
     assert capfd.readouterr().err.count("there is no verb 'trian'") == 1

@@ -6,7 +6,7 @@ import torch
 from hardy.config import ConfigError, from_dict
 from hardy.model.config import ModelConfig
 from hardy.model.decoder import Decoder
-from hardy.model.presets import PRESETS, check_context, count_parameters, resolve_shape
+from hardy.model.presets import PRESETS, check_context, check_folder, count_parameters, resolve_shape
 from hardy.ops.attention import packed_attention
 
 
@@ -89,3 +89,12 @@ def test_documents_longer_than_the_context_are_refused():
         ConfigError, match="data.document_tokens=129 is longer than model.context_tokens=128; lower"
     ):
         check_context(shape.context_tokens, document_tokens=129)
+
+
+def test_a_model_folder_that_is_not_there_is_named(tmp_path):
+    check_folder("60m")
+    text = rf"model.name=hf:{tmp_path}: there is no {tmp_path}/config.json; give a local model folder"
+    with pytest.raises(ConfigError, match=text):
+        check_folder(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    check_folder(f"hf:{tmp_path}")

@@ -12,6 +12,7 @@ import torch
 
 from hardy.distributed.comm import WorkerLostError, join_world
 from hardy.distributed.elastic import ExcludedError, Patience, StoreGroup, StoreHost
+from hardy.distributed.store import connect_store
 
 pytestmark = pytest.mark.mp
 
@@ -239,6 +240,32 @@ def test_replicas_of_two_workers_agree_on_one_list(replicas, tmp_path):
     left = (0, "0.1", 2, "2.1")
     replicas.say("meet", *left)
     assert [replicas.hear(name) for name in left] == [(1, (0, 2), {2.0})] * 4
+
+
+def test_all_workers_of_a_replica_see_alike_whether_another_asks_to_join(replicas, tmp_path):
+    def look(group, tell, told):
+        tell(group.members)
+        if told() == "now":
+            tell(group.wants_members())
+        told()
+
+    for shard, name in enumerate(("0.0", "0.1")):
+        world = {"rank": shard, "size": 2, "init_method": f"file://{tmp_path}/0"}
+        replicas.start(look, 0, name=name, world=world, founders=1)
+    assert [replicas.hear(name) for name in ("0.0", "0.1")] == [(0,)] * 2
+    replicas.say("now", "0.1")  # it looks before the other asks, the first worker after that
+    time.sleep(0.2)
+    for shard, name in enumerate(("1.0", "1.1")):
+        world = {"rank": shard, "size": 2, "init_method": f"file://{tmp_path}/1"}
+        replicas.start(look, 1, name=name, world=world, founders=1)
+    store = connect_store(replicas.address, timeout_s=20.0)
+    deadline_s = time.monotonic() + 20.0
+    while store.add("num_asks", 0) < 2:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    time.sleep(0.1)  # until the ask is there that was counted
+    replicas.say("now", "0.0")
+    assert [replicas.hear(name) for name in ("0.0", "0.1")] == [True, True]
 
 
 def test_another_fingerprint_is_refused_in_every_process(replicas):

@@ -51,20 +51,22 @@ max_restarts = 10
 
 
 class Launch:
-    """A real `hardy` command, its replicas by number, and what replica 0 wrote."""
+    """A real `hardy` command, its workers by rank, and what replica 0 wrote."""
 
-    def __init__(self, folder, *, replicas, steps=10**6):
+    def __init__(self, folder, *, replicas, shards=1, steps=10**6):
         (folder / "text").mkdir()
         for i in range(30):
             words = [f"w{(i * 7 + j * (1 + i % 3)) % 23}" for j in range(80 + i)]
             (folder / "text" / f"{i:02d}.txt").write_text(" ".join(words))
         self.folder, self.run_dir, self.replicas = folder, folder / "run", replicas
+        self.num_workers = replicas * shards
         self.toml, self.said = folder / "run.toml", folder / "said.txt"
-        self.toml.write_text(RUN.format(text=folder / "text", steps=steps, batch_packs=2 * replicas))
+        text = RUN.format(text=folder / "text", steps=steps, batch_packs=2 * self.num_workers)
+        self.toml.write_text(text + (f"mesh = {{ shards = {shards} }}\n" if shards > 1 else ""))
 
     def train(self, *settings):
-        words = ["train", str(self.toml), "--run-dir", str(self.run_dir), "--workers", str(self.replicas)]
-        return self.begin(*words, *settings)
+        words = ["train", str(self.toml), "--run-dir", str(self.run_dir)]
+        return self.begin(*words, "--workers", str(self.num_workers), *settings)
 
     def begin(self, *words):
         environment = os.environ | {"HARDY_CACHE": str(self.folder / "cache"), "OMP_NUM_THREADS": "1"}
@@ -75,7 +77,7 @@ class Launch:
         return self
 
     def running(self):
-        """Return the processes of the replicas that live, by number."""
+        """Return the processes that live, by rank: of replicas of one worker that is their number."""
         found = {}
         for process in psutil.Process(self.process.pid).children():
             try:
@@ -228,6 +230,31 @@ def test_without_replica_0_which_comes_back_with_other_settings_the_other_goes_o
     summary = json.loads((run.run_dir / "summary.json").read_text())
     assert summary["stopped_by"] == "SIGTERM" and summary["steps"] >= newest() > before
     assert math.isfinite(summary["last_loss"]) and summary["first_loss"] > summary["last_loss"]
+
+
+@pytest.mark.slow
+def test_a_sharded_replica_that_loses_a_worker_ends_and_begins_again_as_a_whole(launch):
+    run = launch(replicas=2, shards=2).train()
+    run.reaches(lambda line: line.get("round") == 3)
+    before = {rank: process.pid for rank, process in run.running().items()}
+    killed_s = time.monotonic()
+    run.signal(signal.SIGKILL, 3)
+    without = run.reaches(lambda line: line.get("members") == [0])
+    assert without["generation"] == 1 and without["replica_steps"] == [EVERY]
+    assert time.monotonic() - killed_s < 15.0  # of a time-out of 20, and 40 within a replica
+    back = run.reaches(joined(1))
+    assert back["members"] == [0, 1] and back["replica_steps"] == [EVERY] * 2
+    after = {rank: process.pid for rank, process in run.running().items()}
+    assert [before[rank] == after[rank] for rank in range(4)] == [True, True, False, False]
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ends() == 143
+    step, who = all_agree(run)
+    steps = [line["step"] for line in run.lines()]
+    assert steps == sorted(set(steps)) and steps[-1] == step and who == {0, 1}
+    said = run.said.read_text()
+    assert "replica 1 ended by SIGKILL; started again (1 of 10)" in said and said.count("started again") == 1
+    run.begin("resume", str(run.run_dir), "--train.steps", str(step + EVERY))
+    assert run.ends() == 0 and all_agree(run) == (step + EVERY, {0, 1})
 
 
 NUM_KILLS, NUM_ROUNDS = 10, 200

@@ -4,13 +4,18 @@ import math
 import os
 import shutil
 import signal
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import torch
 
 from hardy.config import from_dict, override, to_dict
 from hardy.distributed.comm import WorkerLostError, leave_world
+from hardy.distributed.elastic import StoreHost
 from hardy.train.config import TrainConfig
+from hardy.train.membership import join_replica
 from hardy.train.metrics import read_metrics
 from hardy.train.plan import World
 from hardy.train.run import Surroundings, resume, start
@@ -48,6 +53,40 @@ def as_workers(run_workers, tmp_path, name, *, size, work, **how):
         leave_world()
         world = World(rank=comm.rank, size=size, address=f"file://{tmp_path}/meeting-{name}")
         return work(Surroundings(cache_dir=tmp_path / "cache", world=world), comm.rank)
+
+    return run_workers(body, size=size, **how)
+
+
+def as_elastic(run_workers, tmp_path, name, *, size, shards, work, **how):
+    """Be the workers of replicas that come and go; the first holds the store that their launcher would."""
+    told = tmp_path / f"store-{name}"
+
+    def wait_for(path):
+        deadline_s = time.monotonic() + 60.0
+        while not path.exists():
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+
+    def body(comm):
+        rank = comm.rank
+        leave_world()
+        if rank == 0:
+            host = StoreHost()
+            told.with_suffix(".tmp").write_text(host.address)
+            told.with_suffix(".tmp").rename(told)
+        wait_for(told)
+        world = World(
+            rank=rank,
+            size=size,
+            address=f"file://{tmp_path}/meeting-{name}-{rank // shards}" if shards > 1 else None,
+            store=told.read_text(),
+            replica_size=shards,
+        )
+        result = work(Surroundings(cache_dir=tmp_path / "cache", world=world), rank)
+        (tmp_path / f"done-{name}-{rank}").touch()
+        for other in range(size if rank == 0 else 0):
+            wait_for(tmp_path / f"done-{name}-{other}")
+        return result
 
     return run_workers(body, size=size, **how)
 
@@ -169,3 +208,62 @@ def test_a_run_goes_on_in_other_layouts(run_workers, config, tmp_path):
     assert longer(2, 1) == pytest.approx(as_before, abs=1e-3)  # the same replicas, otherwise sharded
     for replicas, shards in ((1, 4), (4, 1)):
         assert longer(replicas, shards) == pytest.approx(as_before, abs=0.05)
+
+
+def test_the_workers_of_a_replica_meet_and_are_more_patient_than_replicas_are(run_workers, config, tmp_path):
+    config = with_strategy(config, name="diloco", elastic=True, mesh={"shards": 2}, timeout_s=30.0)
+
+    def body(comm):
+        leave_world()
+        where = f"file://{tmp_path}/meeting"
+        world = World(rank=2 + comm.rank, size=4, address=where, store="unused:1", replica_size=2)
+        with ExitStack() as held:
+            inner = join_replica(config, world, held, device_type="cpu")
+            told = inner.rank, inner.size, inner.timeout_s, inner.sum(torch.tensor(world.rank)).item()
+        return told, torch.distributed.is_initialized()
+
+    assert run_workers(body, size=2) == [((0, 2, 60.0, 5), False), ((1, 2, 60.0, 5), False)]
+
+
+@pytest.mark.slow
+def test_sharded_replicas_that_may_die_train_like_those_that_may_not_and_resume_laid_out_anew(
+    run_workers, config, tmp_path
+):
+    changes = {"train.evaluate_every_steps": 4, "checkpoint.every_steps": 4, "train.steps": 12}
+    config = from_dict(TrainConfig, override(to_dict(config), changes))
+
+    def made(*, steps=12, **settings):
+        strategy = {"name": "diloco", "every_steps": 4, "mesh": {"shards": 2}} | settings
+        return from_dict(
+            TrainConfig, override(to_dict(with_strategy(config, **strategy)), {"train.steps": steps})
+        )
+
+    def begun(name, config):
+        return lambda around, rank: start(config, tmp_path / name, around).steps
+
+    def resumed(name, config):
+        return lambda around, rank: resume(tmp_path / name, around, config=config).steps
+
+    elastic = made(elastic=True)
+    as_workers(run_workers, tmp_path, "fixed", size=4, work=begun("fixed", made()))
+    ended = as_elastic(run_workers, tmp_path, "free", size=4, shards=2, work=begun("free", elastic))
+    assert ended == [12] * 4
+    both = lines(tmp_path / "fixed"), lines(tmp_path / "free")
+    assert both[0] == both[1] and len(both[0]) == 12 and "round" in both[0][-1]
+
+    layouts = {"same": (4, 2), "more": (8, 2), "whole": (2, 1)}
+    for name, (size, shards) in layouts.items():
+        shutil.copytree(tmp_path / "free", tmp_path / name)
+        longer = made(elastic=True, steps=16, mesh={"shards": shards})
+        ended = as_elastic(run_workers, tmp_path, name, size=size, shards=shards, work=resumed(name, longer))
+        assert ended == [16] * size
+    after = {name: lines(tmp_path / name, after=12) for name in layouts}
+    assert all([line["step"] for line in told] == [13, 14, 15, 16] for told in after.values())
+    # Of other workers each replica reads other packs, so only their mean is comparable.
+    validation = [told[-1]["validation_loss"] for told in after.values()]
+    assert validation == pytest.approx(validation[:1] * 3, rel=0.02)
+    assert validation[0] < both[0][3]["validation_loss"]
+    members = [
+        line["members"] for line in read_metrics(tmp_path / "more" / "metrics.jsonl") if "round" in line
+    ]
+    assert members == [[0, 1]] * 3 + [[0, 1, 2, 3]]

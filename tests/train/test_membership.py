@@ -23,6 +23,7 @@ from hardy.train.membership import (
     Membership,
     check_alike,
     fingerprint,
+    join_replica,
     leads,
     membership_of,
     newest_of_any,
@@ -51,6 +52,24 @@ def test_only_replicas_of_a_launcher_with_a_store_have_a_membership(make_config,
         for config in (elastic(), make_config(strategy={"name": "push_sum", "elastic": True})):
             found = membership_of(config, World(rank=1, size=2, store="localhost:1"), held)
             assert (found.replica, found.replicas) == (1, 2)
+
+
+def test_the_workers_of_a_sharded_replica_have_one_membership(make_config):
+    config = make_config(strategy=ELASTIC | {"mesh": {"shards": 2}})
+    with ExitStack() as held:
+        for rank in (2, 3):
+            world = World(rank=rank, size=4, address="file:///x", store="localhost:1", replica_size=2)
+            found = membership_of(config, world, held)
+            assert (found.replica, found.replicas) == (1, 2)
+        assert membership_of(config, World(rank=1, size=2, address="file:///x"), held) is None  # one replica
+        with pytest.raises(UserError, match="needs replicas that `hardy train --workers N` starts"):
+            membership_of(config, World(rank=1, size=4, address="env://"), held)
+
+
+def test_a_replica_of_one_worker_meets_nobody(elastic):
+    with ExitStack() as held:
+        world = World(rank=1, size=2, store="localhost:1")
+        assert isinstance(join_replica(elastic(), world, held, device_type="cpu"), Alone)
 
 
 def test_a_fingerprint_changes_with_every_setting_but_the_display(elastic):

@@ -130,6 +130,13 @@ def test_a_worker_alone_is_the_default():
     assert World() == World(rank=0, size=1, local_rank=0, address=None)
 
 
+def test_a_worker_is_a_replica_unless_replicas_have_several():
+    me = World(rank=3, size=4)
+    assert (me.replica, me.replicas, me.rank_in_replica) == (3, 4, 0)
+    me = World(rank=3, size=6, replica_size=3)
+    assert (me.replica, me.replicas, me.rank_in_replica) == (1, 2, 0)
+
+
 def test_planning_imports_no_torch():
     code = "import sys, hardy.train.plan; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

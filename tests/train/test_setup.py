@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from hardy.config import ConfigError, UserError, from_dict, override, to_dict
-from hardy.data.corpus import prepare
+from hardy.config import ConfigError, UserError
 from hardy.distributed.comm import Alone
 from hardy.distributed.simulation import SimWorld
 from hardy.optim.int8_linear import Int8Linear
 from hardy.train.device import choose_hardware
 from hardy.train.loop import Progress, run_loop
-from hardy.train.setup import assemble, check_identity
+from hardy.train.setup import assemble
 
 HARDWARE = choose_hardware("cpu", "fp32")
 LEAN = {"optim__clip_norm": None, "optim__lr": 0.01}
@@ -74,26 +73,6 @@ def test_a_warm_up_that_is_the_whole_run_is_told(make_config, corpus, caplog, wa
     assert (text in caplog.text) == is_told
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"model.shape.num_layers": 3}, r"the model changed.*model.num_layers is 2 there and 3 here"),
-        ({"train.seed": 5}, r"the order of the data changed.*train.seed is 0 there and 5 here"),
-        ({"data.validation_fraction": 0.4}, r"the data changed"),
-        ({"data.tokenizer": "bpe:300"}, r"the (model|vocabulary) changed"),
-    ],
-)
-def test_resuming_another_run_is_refused(make_config, corpus, cache_dir, change, text):
-    before = assemble(make_config(), Alone(), corpus=corpus, hardware=HARDWARE).identity
-    config = from_dict(type(make_config()), override(to_dict(make_config()), change))
-    now = assemble(
-        config, Alone(), corpus=prepare(config.data, cache_dir=cache_dir), hardware=HARDWARE
-    ).identity
-    with pytest.raises(UserError, match=r"cannot resume some/run: " + text):
-        check_identity(before, now, run_dir="some/run")
-    check_identity(before, before, run_dir="some/run")
-
-
 def losses_of(config, corpus):
     """Return the losses of a run and its worker."""
     assembly = assemble(config, Alone(), corpus=corpus, hardware=HARDWARE)
@@ -110,11 +89,11 @@ def losses_of(config, corpus):
 
 
 @pytest.mark.parametrize("name", ["apollo_mini", "smmf", "adaptive_adamw"])
-def test_releasing_gradients_changes_no_bit(make_config, corpus, name):
+def test_releasing_gradients_changes_no_bit(make_config, corpus, caplog, name):
     settings = {"optim__name": name, "train__micro_packs": 2} | LEAN
     plain, one = losses_of(make_config(**settings), corpus)
-    with pytest.warns(UserWarning, match="accumulation_steps=2"):
-        released, other = losses_of(make_config(**settings, optim__release=True), corpus)
+    released, other = losses_of(make_config(**settings, optim__release=True), corpus)
+    assert "released in the last of the 2 backward passes of a step only" in caplog.text
     assert released == plain
     assert all(
         torch.equal(a, b) for a, b in zip(one.model.parameters(), other.model.parameters(), strict=True)

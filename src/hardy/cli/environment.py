@@ -12,6 +12,8 @@ STORE = "HARDY_STORE"
 """Set instead for replicas that come and go: host:port of the store that their launcher holds."""
 RESTARTS = "HARDY_RESTARTS"
 """Set beside `STORE`: how often this replica was started again."""
+REPLICA_SIZE = "HARDY_REPLICA_SIZE"
+"""Set beside `STORE` where a replica has several workers, which meet at `MEETING`: how many."""
 
 
 def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
@@ -30,17 +32,18 @@ def cache_dir(option: str | None, environment: Mapping[str, str]) -> Path:
 def world(environment: Mapping[str, str]) -> World:
     """Return which worker this process is; alone unless a launcher set RANK and WORLD_SIZE.
 
-    `hardy train --workers N` sets `MEETING`, or `STORE` and `RESTARTS`; torchrun sets MASTER_ADDR and
-    MASTER_PORT.
+    `hardy train --workers N` sets `MEETING`, or `STORE` and `RESTARTS`, or all of them and `REPLICA_SIZE`;
+    torchrun sets MASTER_ADDR and MASTER_PORT.
 
     Raises:
-        UserError: a variable is missing or no number.
+        UserError: a variable is missing or no number, or the numbers do not fit.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return World()
     numbers: dict[str, int] = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", RESTARTS):
-        text = environment.get(name, "0" if name in ("LOCAL_RANK", RESTARTS) else "")
+    unsaid = {"LOCAL_RANK": "0", RESTARTS: "0", REPLICA_SIZE: "1"}
+    for name in ("RANK", "WORLD_SIZE", *unsaid):
+        text = environment.get(name, unsaid.get(name, ""))
         if not text.isdecimal():
             raise UserError(
                 f"the launcher set {name}={text!r}, which is no number; start workers by `hardy train "
@@ -54,6 +57,13 @@ def world(environment: Mapping[str, str]) -> World:
         if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
             raise UserError("WORLD_SIZE is set, but not MASTER_ADDR and MASTER_PORT, where the workers meet")
         address = "env://"
+    replica_size = numbers[REPLICA_SIZE]
+    if replica_size < 1 or numbers["WORLD_SIZE"] % replica_size or (replica_size > 1 and not address):
+        raise UserError(
+            f"the launcher set {REPLICA_SIZE}={replica_size}, which must divide WORLD_SIZE="
+            f"{numbers['WORLD_SIZE']} and, above 1, come with {MEETING}; start workers by `hardy train "
+            f"--workers N`"
+        )
     return World(
         rank=numbers["RANK"],
         size=numbers["WORLD_SIZE"],
@@ -61,6 +71,7 @@ def world(environment: Mapping[str, str]) -> World:
         address=address,
         store=store,
         restarts=numbers[RESTARTS],
+        replica_size=replica_size,
     )
 
 

@@ -21,6 +21,7 @@ from hardy.config import UserError, parse_dotted
 from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.gossip.config import PushSumConfig
 from hardy.distributed.robust.config import CombinedConfig
+from hardy.model.presets import check_folder
 from hardy.train.config import TrainConfig
 from hardy.train.folder import RunFolder
 from hardy.train.plan import World, plan_run
@@ -76,6 +77,7 @@ def train_verb(arguments: argparse.Namespace) -> int:
     run_dir = arguments.run_dir or _next_run_dir(resolved.name, me)
     if me.rank == 0 and not me.restarts:
         RunFolder(run_dir).check_new(resolved.config)
+        check_folder(resolved.config.model.name)
         _check_source(resolved.config)
     if num_workers > me.size:
         words = ["train", arguments.target, "--run-dir", str(run_dir), *arguments.settings]
@@ -96,6 +98,7 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     last = RunFolder(run_dir).last_num_workers()
     me, num_workers = who_works(arguments.workers, os.environ, default=last)
     plan_run(config, num_workers=num_workers)
+    check_folder(config.model.name)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
         return _launch(config, run_dir, num_workers, [*words, *(["--json"] if arguments.json else [])])
@@ -117,9 +120,12 @@ def _launch(config: TrainConfig, run_dir: Path, num_workers: int, words: list[st
         finally:
             host.close()
     if isinstance(strategy, (LocalUpdateConfig, PushSumConfig)) and strategy.elastic:
-        from hardy.distributed.elastic import StoreHost  # imports torch
+        replicas, shards = strategy.mesh.sizes(num_workers)
+        if replicas > 1:  # one alone has nobody who goes on without it
+            from hardy.distributed.elastic import StoreHost  # imports torch
 
-        return run_replicas(num_workers, words, StoreHost(), max_restarts=strategy.max_restarts)
+            host, again = StoreHost(), strategy.max_restarts
+            return run_replicas(replicas, words, host, max_restarts=again, replica_size=shards)
     return run_workers(num_workers, words)
 
 

@@ -12,12 +12,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from hardy.cli.environment import MEETING, RESTARTS, STORE
+from hardy.cli.environment import MEETING, REPLICA_SIZE, RESTARTS, STORE
 from hardy.cli.failure import FAILURE, SAID, SUCCESS, USER_ERROR
+from hardy.cli.team import Running, Team, is_told, tell
 
 GRACE_S = 20.0
 """What the other workers are given to end by themselves once one has failed."""
@@ -53,22 +55,39 @@ class Host(Protocol):
         ...
 
 
-def run_replicas(num_replicas: int, arguments: Sequence[str], host: Host, *, max_restarts: int) -> int:
+def run_replicas(
+    num_replicas: int, arguments: Sequence[str], host: Host, *, max_restarts: int, replica_size: int = 1
+) -> int:
     """Run `python -m hardy ARGUMENTS` in processes that may be lost: the others go on, and it begins again.
+
+    The workers of a replica begin and end together: when one is lost, the others of it are told to end, and
+    all begin again and meet at a new place.
 
     A replica whose settings cannot work (exit code 2) is not started again; where it had never been lost, the
     others are told to end, for their settings are the same. Signals are handed on as by `run_workers`.
 
     Args:
-        num_replicas: processes; each is a world of its own.
+        num_replicas: each is a world of its own.
         arguments: of the command.
         host: what ties them together.
         max_restarts: how often each is started again.
+        replica_size: processes of each, neighbours in rank.
     """
 
-    def begin(replica: int, restarts: int) -> "subprocess.Popen[bytes]":
+    def begin(replica: int, restarts: int) -> Running:
         said = {STORE: host.address, RESTARTS: str(restarts), SAID: folder}
-        return _begin(arguments, worker_environment(os.environ, replica, num_replicas, said))
+        if replica_size == 1:
+            return _begin(arguments, worker_environment(os.environ, replica, num_replicas, said))
+        said[MEETING] = (Path(folder) / f"meeting-{replica}-{restarts}").as_uri()
+        said[REPLICA_SIZE] = str(replica_size)
+        first, size = replica * replica_size, num_replicas * replica_size
+        return Team(
+            [
+                _begin(arguments, worker_environment(os.environ, rank, size, said))
+                for rank in range(first, first + replica_size)
+            ],
+            partial(host.report_loss, replica),
+        )
 
     with tempfile.TemporaryDirectory(prefix="hardy-workers-") as folder, forwarded_signals() as received:
         crew = Crew(begin, host.report_loss, max_restarts=max_restarts)
@@ -94,13 +113,13 @@ class Crew:
 
     def __init__(
         self,
-        begin: Callable[[int, int], "subprocess.Popen[bytes]"],
+        begin: Callable[[int, int], Running],
         report_loss: Callable[[int], None],
         *,
         max_restarts: int,
     ) -> None:
         self._begin, self._report_loss, self._max_restarts = begin, report_loss, max_restarts
-        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        self.running: dict[int, Running] = {}
         self.codes: dict[int, int] = {}
         """Of those that will not begin again."""
         self._restarts: dict[int, int] = {}
@@ -115,7 +134,7 @@ class Crew:
     def look(self, received: Sequence[int]) -> None:
         """Hand on signals that came, and see to the replicas that have ended."""
         for number in received[self._forwarded :]:
-            _tell(self.running.values(), number)
+            tell(self.running.values(), number)
             self._forwarded += 1
         for replica, process in list(self.running.items()):
             code = process.poll()
@@ -123,20 +142,20 @@ class Crew:
                 del self.running[replica]
                 self._take(replica, code, is_stopping=bool(received))
         if self._deadline_s is not None and time.monotonic() > self._deadline_s:
-            _tell(self.running.values(), signal.SIGKILL)
+            tell(self.running.values(), signal.SIGKILL)
 
     def joint_code(self, signal_number: int | None) -> int:
         """Return one exit code for all: that of those who came to the end, if any did."""
         codes = list(self.codes.values())
         if SUCCESS in codes:
             return SUCCESS
-        stopped = signal_number is not None and any(_is_told(code, signal_number) for code in codes)
+        stopped = signal_number is not None and any(is_told(code, signal_number) for code in codes)
         return 128 + signal_number if stopped and signal_number else joint_code(codes, signal_number)
 
     def _take(self, replica: int, code: int, *, is_stopping: bool) -> None:
         """Note how a replica ended; start it again if that helps."""
         if code == SUCCESS or is_stopping:
-            _tell(self.running.values(), signal.SIGCONT)  # one that was stopped sees that it was left out
+            tell(self.running.values(), signal.SIGCONT)  # one that was stopped sees that it was left out
         if code == SUCCESS:
             self.codes[replica] = code
             self._give(END_S)
@@ -148,7 +167,7 @@ class Crew:
         elif code == USER_ERROR:
             self.codes[replica] = code
             if lost == 0:
-                _tell(self.running.values(), signal.SIGTERM)
+                tell(self.running.values(), signal.SIGTERM)
                 self._give(GRACE_S)
         elif lost < self._max_restarts:
             self._restarts[replica] += 1
@@ -175,17 +194,13 @@ def _how(code: int) -> str:
     return f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
 
 
-def _is_told(code: int, number: int) -> bool:
-    return code in (-number, 128 + number)
-
-
 def _begin(arguments: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     # A session of its own: Ctrl-C on a terminal reaches the workers once, through us.
     command = [sys.executable, "-m", "hardy", *arguments]
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def _end(workers: "Iterable[subprocess.Popen[bytes]]") -> None:
+def _end(workers: Iterable[Running]) -> None:
     for worker in workers:
         if worker.poll() is None:
             worker.kill()
@@ -254,18 +269,12 @@ def _wait(workers: Sequence["subprocess.Popen[bytes]"], received: Sequence[int])
     forwarded, deadline_s = 0, None
     while any(worker.poll() is None for worker in workers):
         for number in received[forwarded:]:
-            _tell(workers, number)
+            tell(workers, number)
             forwarded += 1
         if deadline_s is None and not received and any(worker.poll() for worker in workers):
-            _tell(workers, signal.SIGTERM)
+            tell(workers, signal.SIGTERM)
             deadline_s = time.monotonic() + GRACE_S
         if deadline_s is not None and time.monotonic() > deadline_s:
-            _tell(workers, signal.SIGKILL)
+            tell(workers, signal.SIGKILL)
         time.sleep(POLL_S)
     return joint_code([worker.wait() for worker in workers], received[0] if received else None)
-
-
-def _tell(workers: "Iterable[subprocess.Popen[bytes]]", number: int) -> None:
-    for worker in workers:
-        if worker.poll() is None:
-            worker.send_signal(number)

@@ -183,12 +183,12 @@ class LocalUpdateConfig(Config):
                 "strategy.elastic=true needs strategy.layerwise=false: a round inside the forward pass is "
                 "applied unit by unit, so a replica that dies in it would leave the others apart"
             )
-        if self.copies > 1 or self.mesh.shards > 1:
+        if self.copies > 1:
             raise ConfigError(
-                f"strategy.elastic=true needs replicas of one worker in this version, but strategy.copies="
-                f"{self.copies} and strategy.mesh.shards={self.mesh.shards}; set both to 1, or "
-                f"strategy.elastic to false: a lost worker then ends the run, and `hardy resume` goes on "
-                f"from the last checkpoint"
+                f"strategy.elastic=true needs replicas of one worker or sharded ones in this version, but "
+                f"strategy.copies={self.copies}; set it to 1, or share each replica among its workers by "
+                f"strategy.mesh.shards, or set strategy.elastic to false: a lost worker then ends the run, "
+                f"and `hardy resume` goes on from the last checkpoint"
             )
         if self.inner_state == "average":
             raise ConfigError(

@@ -120,7 +120,7 @@ class StoreGroup(Regrouping):
     ) -> None:
         inner = inner or Alone()
         super().__init__(Alone(clock=inner.clock), (replica,), generation=-1)
-        self._patience = patience or Patience()
+        self._inner, self._patience = inner, patience or Patience()
         self._roster = _Roster(store_address, replica, inner=inner, patience=self._patience)
         try:
             self._roster.compare_fingerprints(fingerprint)
@@ -136,12 +136,18 @@ class StoreGroup(Regrouping):
         self._enter(*self._wait_for_list(self.generation + 1))
 
     def wants_members(self) -> bool:
-        """Return whether a replica that lives asks to join; False when the store does not answer."""
-        try:
-            return bool(self._roster.asking(self._names))
-        except WorkerLostError as error:
-            logger.warning("cannot see whether a replica asks to join: %s", error)
-            return False
+        """Return whether a replica that lives asks to join; False when the store does not answer.
+
+        All workers of a replica call it together. The first looks for all: others might look a moment later,
+        see another, and wait to reform for those who go on.
+        """
+        is_asked = False
+        if self._inner.rank == 0:
+            try:
+                is_asked = bool(self._roster.asking(self._names))
+            except WorkerLostError as error:
+                logger.warning("cannot see whether a replica asks to join: %s", error)
+        return bool(self._inner.broadcast(torch.tensor(is_asked), source=0))
 
     def close(self) -> None:
         """Leave, and say so."""

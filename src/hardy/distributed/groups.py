@@ -126,7 +126,10 @@ class OuterGroup(Communicator, Protocol):
         ...
 
     def wants_members(self) -> bool:
-        """Return whether someone asks to join; cheap. Members may see it at different moments."""
+        """Return whether someone asks to join; cheap. Members may see it at different moments.
+
+        All workers of a replica call it together and see the same.
+        """
         ...
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from hardy.config import UserError
+from hardy.model.presets import HF_PREFIX, check_folder
 from hardy.ops.attention import Backend, packed_attention
 from hardy.ops.attention_backends import AttentionRule
 from hardy.ops.loss import linear_correct_sum, linear_cross_entropy_sum
@@ -215,10 +216,7 @@ def _load(path: Path) -> nn.Module:
     progress = transformers.utils.logging
     is_4 = transformers.__version__.startswith("4.")  # ends with the last supported transformers 4
     dtype = {"torch_dtype" if is_4 else "dtype": torch.float32}
-    if not (path / "config.json").is_file():
-        raise UserError(
-            f"model.name=hf:{path}: there is no {path / 'config.json'}; give a local model folder"
-        )
+    check_folder(f"{HF_PREFIX}{path}")
     shows_progress = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:

@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hardy.config import ConfigError, unknown_name
 from hardy.model.config import ModelConfig
@@ -109,6 +110,17 @@ def resolve_shape(config: ModelConfig, *, vocab_size: int) -> DecoderShape:
     )
     _check_heads(shape)
     return shape
+
+
+def check_folder(name: str) -> None:
+    """Refuse a `model.name` of hf:PATH where no model lies; no more is read.
+
+    Raises:
+        ConfigError: with the file that is missing.
+    """
+    file = Path(name.removeprefix(HF_PREFIX)) / "config.json"
+    if name.startswith(HF_PREFIX) and not file.is_file():
+        raise ConfigError(f"model.name={name}: there is no {file}; give a local model folder")
 
 
 def check_context(context_tokens: int | None, *, document_tokens: int) -> None:

@@ -1,6 +1,7 @@
 """What a replica that may die and come back needs beside a run: number, group, a checkpoint to begin at.
 
-It is a world of its own: nothing but `hardy.distributed.elastic` ties it to the others.
+It is a world of its own, of one worker or of several that share its model: nothing but
+`hardy.distributed.elastic` ties it to the others.
 """
 
 import fcntl
@@ -11,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from hardy.config import UserError, to_dict
-from hardy.distributed.comm import Communicator
+from hardy.distributed.comm import Alone, Communicator, TorchComm, join_world, leave_world
 from hardy.distributed.config import LocalUpdateConfig
 from hardy.distributed.elastic import Patience, StoreGroup
 from hardy.distributed.gossip.config import PushSumConfig
@@ -47,13 +49,16 @@ class Membership:
     """Instead of `enter`, where the first k make each step: comes to the others at the first step."""
 
 
-def membership_of(config: TrainConfig, world: World, held: ExitStack) -> Membership | None:
+def membership_of(
+    config: TrainConfig, world: World, held: ExitStack, *, inner: Communicator | None = None
+) -> Membership | None:
     """Return the membership of a replica that a launcher with a store has started; None for all others.
 
     Args:
         config: the configuration of the run.
         world: who this process is.
         held: closes the group.
+        inner: the workers of this replica; none means this one alone.
 
     Raises:
         UserError: replicas should come and go, but nobody holds a store for them.
@@ -61,22 +66,60 @@ def membership_of(config: TrainConfig, world: World, held: ExitStack) -> Members
     strategy = config.strategy
     if not isinstance(strategy, (LocalUpdateConfig, PushSumConfig)) or not strategy.elastic:
         return None
-    if world.size > 1 and world.store is None:
-        raise UserError(
-            "strategy.elastic=true needs replicas that `hardy train --workers N` starts, which starts them "
-            "again; start it so, or set strategy.elastic to false"
-        )
     if world.store is None:
+        replicas, _ = strategy.mesh.sizes(world.size)
+        if replicas > 1:
+            raise UserError(
+                "strategy.elastic=true needs replicas that `hardy train --workers N` starts, which starts "
+                "them again; start it so, or set strategy.elastic to false"
+            )
         return None
     store, patience = world.store, patience_of(strategy.timeout_s)
 
     def enter() -> OuterGroup:
         group = StoreGroup(
-            store, world.rank, founders=world.size, fingerprint=fingerprint(config), patience=patience
+            store,
+            world.replica,
+            founders=world.replicas,
+            fingerprint=fingerprint(config),
+            inner=inner,
+            patience=patience,
         )
         return held.enter_context(closing(group))
 
-    return Membership(replica=world.rank, replicas=world.size, enter=enter)
+    return Membership(replica=world.replica, replicas=world.replicas, enter=enter)
+
+
+def join_replica(
+    config: TrainConfig, world: World, held: ExitStack, *, device_type: Literal["cpu", "cuda"]
+) -> Communicator:
+    """Meet the workers of this replica, where it comes and goes and has several; return them.
+
+    They wait for each other twice as long as for other replicas: while one of them waits for a replica that
+    has fallen silent in the middle of a round, the others wait for it, and must not give up before it does.
+
+    Args:
+        config: the configuration of the run.
+        world: who this process is.
+        held: leaves them.
+        device_type: where the model lives.
+
+    Raises:
+        WorkerLostError: the others did not come in time.
+    """
+    strategy = config.strategy
+    if world.replica_size == 1 or not isinstance(strategy, LocalUpdateConfig):
+        return Alone()
+    assert world.address is not None, "the launcher says where they meet"
+    join_world(
+        rank=world.rank_in_replica,
+        size=world.replica_size,
+        init_method=world.address,
+        device_type=device_type,
+        timeout_s=Patience.start_s,
+    )
+    held.callback(leave_world)
+    return TorchComm(timeout_s=2 * strategy.timeout_s).divide([range(world.replica_size)], link="inner")
 
 
 def has_come_late(strategy: Strategy) -> bool:

@@ -20,11 +20,35 @@ class World:
     local_rank: int = 0
     """This worker among those of its machine; chooses the GPU."""
     address: str | None = None
-    """Where the workers meet ("env://" or a "file://" path); None for a worker alone."""
+    """Where the workers meet ("env://" or a "file://" path), or those of one replica that comes and goes;
+    None for a worker alone."""
     store: str | None = None
-    """Of replicas that come and go, "host:port" of the launcher's store; each is a worker, and no other."""
+    """Of replicas that come and go, "host:port" of the launcher's store."""
     restarts: int = 0
     """How often the launcher has started this replica again."""
+    replica_size: int = 1
+    """Of replicas that come and go, the workers of each, neighbours in rank."""
+
+    @property
+    def replica(self) -> int:
+        """Number of this worker's replica among those that come and go, from 0."""
+        return self.rank // self.replica_size
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas come and go.
+
+        Example:
+            >>> me = World(rank=5, size=6, replica_size=2)
+            >>> me.replica, me.replicas, me.rank_in_replica
+            (2, 3, 1)
+        """
+        return self.size // self.replica_size
+
+    @property
+    def rank_in_replica(self) -> int:
+        """This worker among those of its replica, from 0."""
+        return self.rank % self.replica_size
 
 
 @dataclass(frozen=True, kw_only=True)

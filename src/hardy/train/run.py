@@ -24,20 +24,23 @@ from hardy.train.device import Hardware, choose_hardware, denormals_flushed
 from hardy.train.elections import way_in
 from hardy.train.folder import RunFolder, replace_json
 from hardy.train.hooks import Hook, RunFacts, Summary
+from hardy.train.identity import check_identity
 from hardy.train.loop import Progress, run_loop
 from hardy.train.manifest import Checkpoint
 from hardy.train.membership import (
     Membership,
     check_alike,
     has_come_late,
+    join_replica,
     leads,
     membership_of,
     newest_of_any,
     one_at_a_time,
 )
 from hardy.train.metrics import MetricsFile, read_metrics
+from hardy.train.peers import Peers
 from hardy.train.plan import World
-from hardy.train.setup import Assembly, Stateful, assemble, check_identity
+from hardy.train.setup import Assembly, Stateful, assemble
 
 logger = logging.getLogger(__name__)
 
@@ -101,19 +104,21 @@ def _run(
     hardware = choose_hardware(config.train.device, config.train.precision, local_rank=world.local_rank)
     if hardware.device.type == "cuda":
         torch.cuda.set_device(hardware.device)
+    device_type = "cuda" if hardware.device.type == "cuda" else "cpu"
     with denormals_flushed(), ExitStack() as held:
-        membership = membership_of(config, world, held)
+        inner = join_replica(config, world, held, device_type=device_type)
+        membership = membership_of(config, world, held, inner=inner)
         elect = way_in(config, world, folder.path, held)
         if elect is not None:
             membership = Membership(replica=world.rank, replicas=world.size, elect=elect)
         if world.size == 1 or membership:
-            train = partial(_train, config, folder, around, Alone(), hardware=hardware)
+            train = partial(_train, config, folder, around, inner, hardware=hardware)
             return train(is_resumed=is_resumed, membership=membership)
         comm = join_world(
             rank=world.rank,
             size=world.size,
             init_method=world.address or "env://",
-            device_type="cuda" if hardware.device.type == "cuda" else "cpu",
+            device_type=device_type,
         )
         try:
             check_alike(config, comm)
@@ -135,8 +140,9 @@ def _train(
     """Build, load, train and sum up."""
     is_first = around.world.rank == 0
     hooks = list(around.hooks) if is_first else []
+    # Of replicas that come and go each worker for itself: none waits in a collective while another prepares.
     with one_at_a_time(around.cache_dir) if membership else nullcontext():
-        corpus = prepare_once(config, around.cache_dir, comm, hooks)
+        corpus = prepare_once(config, around.cache_dir, Alone() if membership else comm, hooks)
     assembly = assemble(config, comm, corpus=corpus, hardware=hardware, membership=membership)
     store = _store(config, folder, assembly, replica=assembly.grid.replica)
     has_joined = membership is not None and has_come_late(assembly.worker.strategy)
@@ -175,7 +181,8 @@ def _train(
         stopped_by=signal.Signals(stopped_by).name if stopped_by else None,
         note=assembly.plan.batches.closing_note(),
     )
-    if is_first or (assembly.outer is not None and leads(assembly.outer, assembly.grid.replica)):
+    is_left = assembly.outer is not None and leads(assembly.outer, assembly.grid.replica)
+    if is_first or (is_left and comm.rank == 0):
         replace_json(folder.summary_file, asdict(summary))
     for hook in hooks:
         hook.on_end(summary)
@@ -356,7 +363,10 @@ def _progress_saved(
     if membership is None:
         first = partial(_store, config, folder, assembly, replica=0)
         return load_newest(store, assembly, folder, first=first)
-    found = newest_of_any(folder, membership)
+    # The first worker of the replica looks for all of it.
+    found = Peers(assembly.worker.comm).agree(
+        lambda: None, lambda workers: [newest_of_any(folder, membership)] * len(workers)
+    )
     if found is None:
         return Progress()
     source, checkpoint = found

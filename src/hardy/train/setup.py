@@ -1,15 +1,15 @@
 """From a configuration to what trains: model, optimizer, strategy, batches. The same in all three worlds."""
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hardy.balance.config import BalanceConfig
-from hardy.config import ConfigError, UserError, to_dict
+from hardy.config import ConfigError
 from hardy.data.corpus import Corpus
 from hardy.data.stream import PackStream
 from hardy.distributed.balance.attention import context_parallel_attention
@@ -20,7 +20,7 @@ from hardy.distributed.groups import Grid, OuterGroup, split
 from hardy.distributed.robust.config import CombinedConfig
 from hardy.distributed.sharded import parallelize, place
 from hardy.model.build import build_model
-from hardy.model.decoder import Decoder, unit_names
+from hardy.model.decoder import unit_names
 from hardy.model.init import initialise
 from hardy.model.presets import DecoderShape, check_context
 from hardy.ops.attention import packed_attention
@@ -33,7 +33,7 @@ from hardy.optim.schedules import build_schedule
 from hardy.train.balanced import balanced_batches, check_balance
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware
-from hardy.train.folder import differing
+from hardy.train.identity import identity
 from hardy.train.loop import Batches, BatchSource, Plan
 from hardy.train.membership import Membership
 from hardy.train.plan import RunPlan, plan_run
@@ -94,7 +94,7 @@ def assemble(
     Raises:
         UserError: settings, data and number of workers do not fit together.
     """
-    sizes = plan_run(config, num_workers=membership.replicas if membership else comm.size)
+    sizes = plan_run(config, num_workers=comm.size * (membership.replicas if membership else 1))
     grid = _grid(config, comm, replicas=sizes.replicas, membership=membership)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
@@ -138,7 +138,7 @@ def assemble(
         comm=grid.inner,
         everyone=comm,
         replicas=grid.replicas,
-        share=(grid.replica, grid.replicas) if membership else None,
+        share=(grid.replica * comm.size + comm.rank, sizes.num_workers) if membership else None,
         device=hardware.device,
         autocast=autocast,
         clip_norm=config.optim.clip_norm if guard is None else None,
@@ -339,43 +339,3 @@ def _stream(config: TrainConfig, corpus: Corpus, *, split: Literal["train", "val
         end_id=corpus.tokenizer.end_id,
         num_epochs=None if split == "train" else 1,
     )
-
-
-def identity(config: TrainConfig, corpus: Corpus, model: nn.Module) -> dict[str, Any]:
-    """Return what makes two runs the same run: model, vocabulary, data and the order in which it is read."""
-    shape = asdict(model.shape) if isinstance(model, Decoder) else {"name": config.model.name}
-    return {
-        "model": shape,
-        "tokenizer": corpus.tokenizer.fingerprint,
-        "data": corpus.fingerprint,
-        "order": {
-            "train.seed": config.train.seed,
-            "train.batch_packs": config.train.batch_packs,
-            "data.pack_tokens": config.data.pack_tokens,
-            "data.document_tokens": config.data.document_tokens,
-            "balance.packing": config.balance.packing,
-        },
-        "strategy": to_dict(config.strategy)["name"],
-    }
-
-
-def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], *, run_dir: str) -> None:
-    """Refuse to resume another model, vocabulary or data than the checkpoint's.
-
-    Raises:
-        UserError: with what differs, the saved value, the new one, and the way out.
-    """
-    words = {
-        "model": "the model",
-        "tokenizer": "the vocabulary",
-        "data": "the data",
-        "order": "the order of the data",
-        "strategy": "the strategy",
-    }
-    for key, name in words.items():
-        changes = list(differing({key: saved.get(key)}, {key: now[key]}))
-        if changes:
-            raise UserError(
-                f"cannot resume {run_dir}: {name} changed since the checkpoint ({'; '.join(changes[:3])}); "
-                f"put it back, or start a new run with another --run-dir"
-            )
