@@ -32,6 +32,16 @@ class ConfigError(UserError):
     """A setting is unknown, of the wrong type, or out of range."""
 
 
+def reason_of(error: Exception) -> str:
+    """Return why something failed, in words; of what the system says without its number and the file.
+
+    Example:
+        >>> reason_of(FileNotFoundError(2, "No such file or directory", "x.json"))
+        'No such file or directory'
+    """
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Range:
     """Limits of a number, to stand in an annotation: `Annotated[float, Range(above=0)]`."""
@@ -208,7 +218,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
-        raise ConfigError(f"the config file {path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"the config file {path} cannot be read: {reason_of(error)}") from None
 
 
 def read_arguments(pairs: Iterable[str], *, setting: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_strategies_are_read_as_they_are_written():
         ),
         (["simulate", "--mode", "pack"], "--mode is for `hardy balance plan`"),
         (["propose", "--out", "cost.json"], "--out is for `hardy balance profile`"),
-        (["dance"], "invalid choice"),
+        (["dance"], "there is no action 'dance'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(capsys, words, text):

@@ -17,5 +17,5 @@ def test_a_picture_is_written(tmp_path):
 
 
 def test_where_it_cannot_be_it_says_so(tmp_path):
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="png could not be written: No such file or directory$"):
         draw_timeline(MADE, tmp_path / "none" / "plan.png")

@@ -31,6 +31,6 @@ def test_a_picture_is_drawn(small, capsys, tmp_path):
 
 def test_wrong_words_are_refused(capsys):
     assert main(["data", "inspct"]) == 2
-    assert "invalid choice: 'inspct'" in capsys.readouterr().err
+    assert "there is no action 'inspct'; did you mean 'inspect'" in capsys.readouterr().err
     assert main(["data", "inspect", "--data.source", "fils:x"]) == 2
     assert "did you mean 'files'" in capsys.readouterr().err

@@ -8,9 +8,11 @@ from hardy.config import UserError
 
 def parser():
     made = Parser(prog="hardy go", description="Go.", long_help=lambda: "much more")
-    made.add_argument("where")
+    made.add_argument("where", choices=("a", "north"))
     made.add_argument("--dry-run", action="store_true")
     made.add_argument("--steps", type=int)
+    made.add_argument("--share", type=float)
+    made.add_argument("--format", choices=("csv", "latex"))
     return made
 
 
@@ -26,7 +28,12 @@ def test_help_ends_with_the_long_part():
         (["a", "b"], r"'b' is one word too many \(see `hardy go --help`\)"),
         (["a", "--dry-rn"], "there is no option '--dry-rn'; did you mean '--dry-run'"),
         (["a", "--dry"], "there is no option '--dry'"),
-        (["a", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        (["a", "--steps", "x"], r"^--steps must be a whole number, got 'x' \(see `hardy go --help`\)$"),
+        (["a", "--share", "x"], "^--share must be a number, got 'x'"),
+        (["a", "--steps"], r"^--steps needs a value \(see"),
+        (["a", "--dry-run=yes"], "^--dry-run: ignored explicit argument 'yes'"),
+        (["nort"], "^there is no where 'nort'; did you mean 'north'. Known: a, north"),
+        (["a", "--format", "latx"], "^there is no --format 'latx'; did you mean 'latex'. Known: csv, latex"),
         (["a", "--lr", "1"], "there is no option '--lr'; did you mean the setting '--optim.lr'"),
         (["a", "--lr=1"], "there is no option '--lr'; did you mean the setting '--optim.lr'"),
     ],

@@ -55,5 +55,5 @@ def test_a_picture_that_cannot_be_written_is_refused(tmp_path):
     run_dir = tmp_path
     write_metrics(run_dir, [{"step": 1, "loss": 5.0}])
     (run_dir / "loss.png").mkdir()
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="loss.png could not be written: Is a directory$"):
         plot_losses(run_dir)

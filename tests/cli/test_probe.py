@@ -94,7 +94,10 @@ def test_another_architecture_is_probed_through_transformers(labels, finished_ru
     [
         (["RUN"], "one of the arguments --labels --task is required"),
         (["RUN", "--task", "modul"], "there is no task 'modul'; did you mean 'module'"),
-        (["RUN", "--labels", "nowhere.jsonl"], "--labels nowhere.jsonl cannot be read"),
+        (
+            ["RUN", "--labels", "nowhere.jsonl"],
+            "--labels nowhere.jsonl cannot be read: No such file or directory\n",
+        ),
         (["RUN", "--labels", "ONE"], "has 1 classes (digits); a probe needs at least two"),
         (["RUN", "--labels", "RARE"], "class 'words' has 1 group (1 text)"),
         (

@@ -67,7 +67,7 @@ def test_a_claim_that_is_none_is_refused(toys, text, said):
 
 def test_a_missing_file_of_claims_is_refused(toys):
     (toys / "alpha" / "expected.toml").unlink()
-    with pytest.raises(UserError, match="every experiment says there"):
+    with pytest.raises(UserError, match="expected.toml: No such file or directory; every experiment says"):
         load_experiment(toys / "alpha")
 
 

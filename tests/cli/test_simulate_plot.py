@@ -48,5 +48,5 @@ def test_what_is_not_finite_is_left_out_of_the_chart():
 def test_the_picture_is_written_or_refused(tmp_path):
     results = [result("one", [(0, 3.0), (10, math.nan)])]
     assert draw_curves(results, tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="png could not be written: No such file or directory$"):
         draw_curves(results, tmp_path / "missing" / "c.png")

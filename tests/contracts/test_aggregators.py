@@ -596,7 +596,7 @@ def test_too_many_faulty_rows_are_refused(entry):
     with pytest.raises(ConfigError) as caught:
         aggregator.check(least - 1)
     said = str(caught.value)
-    assert entry.rule in said and f"num_faulty={f} (strategy.f) among {least - 1} rows" in said
+    assert entry.rule in said and f"num_faulty={f} among {least - 1} rows" in said
     assert f"let at least {least} rows take part" in str(caught.value)
     for legal in (2, 1):
         if max(entry.least(legal), (entry.arguments.get("keep") or 0) + legal) <= least - 1:

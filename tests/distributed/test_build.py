@@ -62,8 +62,10 @@ def test_the_fastest_are_another_strategy_and_k_is_checked():
     )
     config = configured(name="robust", f=1, fastest={"k": 3})
     assert type(build_strategy(config, trained)) is FastestRobust
-    with pytest.raises(ConfigError, match="k must be at least 2f . 1 = 5"):
+    with pytest.raises(ConfigError, match="with strategy.f=2 faulty: k must be at least 2f . 1 = 5"):
         build_strategy(configured(name="robust", f=2, fastest={"k": 4}), trained)
+    with pytest.raises(ConfigError, match="cannot bear strategy.f=1 among 3 workers; lower it to at most 0"):
+        build_strategy(configured(name="robust", rule="krum", f=1, fastest={"k": 3}), trained)
 
 
 def test_parts_follow_the_settings():
@@ -87,8 +89,26 @@ def test_any_optimizer_of_torch_may_move_the_anchor():
     config = OuterTorchConfig(name="torch.optim.Adam", lr=0.1, arguments=("betas=(0.5, 0.9)",))
     outer = local_parts(DiLoCoConfig(outer=config)).outer_optimizer
     assert isinstance(outer, TorchOuter)
-    with pytest.raises(ConfigError, match="strategy.outer.arguments must be name=value pairs, got 'betas'"):
-        local_parts(DiLoCoConfig(outer=OuterTorchConfig(name="torch.optim.Adam", arguments=("betas",))))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        ("torch.optim.Adam", ("betas",), "^strategy.outer.arguments must be name=value pairs, got 'betas'"),
+        (
+            "torch.optim.Adam",
+            ("foo=1", "eps=0.1"),
+            r"^strategy.outer.name, strategy.outer.arguments: the outer optimizer torch.optim.Adam\(lr=1.0, "
+            r"foo=1, eps=0.1\) cannot be used: .* unexpected keyword argument 'foo'",
+        ),
+        ("torch.optim.Adam", ("lr=2",), "^strategy.outer.arguments has lr=2; set strategy.outer.lr to it"),
+        ("torch.optim.Adan", (), "^strategy.outer.name: .*did you mean 'torch.optim.Adam'"),
+        ("torch.optim.LBFGS", (), "^strategy.outer.name: .*LBFGS evaluates the loss"),
+    ],
+)
+def test_an_outer_optimizer_that_cannot_be_is_refused_by_its_settings(name, arguments, text):
+    with pytest.raises(ConfigError, match=text):
+        local_parts(DiLoCoConfig(outer=OuterTorchConfig(name=name, arguments=arguments)))
 
 
 def test_one_replica_is_told_that_it_exchanges_with_nobody(caplog):

@@ -327,7 +327,6 @@ def mixed(model):
     ],
     ids=["mixed", "adamw", "smmf"],
 )
-@pytest.mark.filterwarnings("ignore:accumulation_steps=2")
 def test_released_gradients_give_the_bits_of_the_ordinary_step(make, accumulate):
     """With a schedule, accumulation, and weights that some batches leave out."""
     ends = []

@@ -176,6 +176,14 @@ def test_a_shape_that_transformers_refuses_is_not_exported(make_decoder, tmp_pat
             {"attention_bias": True},
             "attention_bias is True, the decoder computes only False; use --model.name hf:",
         ),
+        (
+            {"architectures": None, "model_type": None},
+            "/config.json names no architecture; give a folder saved",
+        ),
+        (
+            {"architectures": None, "model": {"name": "1m"}, "train": {"steps": 1}},
+            "^(.+) is a run folder of hardy; go on with it by `hardy resume .*, or .* `hardy export .* OUT`$",
+        ),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', the decoder computes only 'silu'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type is 'llama3'"),
@@ -229,7 +237,11 @@ def test_what_old_exports_add_is_passed_over(make_decoder, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "text"),
-    [(None, "there is no .*config.json; give a folder"), ("{", "is not valid JSON"), ("{}", "holds")],
+    [
+        (None, "there is no .*config.json; give a folder"),
+        ("{", "is not valid JSON"),
+        ("{}", "names no architecture"),
+    ],
 )
 def test_a_folder_without_a_config_is_named(tmp_path, content, text):
     if content is not None:

@@ -230,6 +230,12 @@ def test_no_warning_where_nothing_is_leaner_or_embeddings_are_not_the_most():
     assert "warning" not in describe(route_params(small(), kind="smmf", embed_kind="smmf"))
     wide = nn.Sequential(nn.Embedding(2, 5), nn.Linear(5, 700, bias=False))
     assert "warning" not in describe(route_params(wide, kind="apollo"))
+    most = nn.Sequential(nn.Embedding(700, 5), nn.Linear(5, 5, bias=False))
+    kinds = ("apollo", "smmf", "muon")  # optim.embed_kind is no setting beside the last
+    assert [kind for kind in kinds if "warning" in describe(route_params(most, kind=kind))] == [
+        "apollo",
+        "smmf",
+    ]
     assert "\nwarning: " in describe(route_params(small(), kind="smmf"))
 
 

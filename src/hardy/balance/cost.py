@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardy.balance.plan import Scheme
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -167,7 +167,7 @@ def load_cost(path: Path, *, model_hash: str | None = None) -> LengthCostModel:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a cost file: {error}") from None
+        raise UserError(f"{path} cannot be read as a cost file: {reason_of(error)}") from None
     try:
         if told["format"] != FORMAT:
             raise UserError(f"{path} has format {told['format']}; this hardy reads {FORMAT}: profile again")

@@ -8,7 +8,7 @@ import numpy as np
 
 from hardy.balance.cost import Floats, Integers
 from hardy.balance.length_tables import WIKIPEDIA
-from hardy.config import UserError, unknown_name
+from hardy.config import UserError, reason_of, unknown_name
 
 Overlong = Literal["error", "truncate", "split", "drop"]
 """What becomes of a sequence above the most tokens that are allowed."""
@@ -156,7 +156,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as lengths: {error}") from None
+        raise UserError(f"{path} cannot be read as lengths: {reason_of(error)}") from None
 
 
 def fit_lengths(lengths: Sequence[int] | Integers, *, most_tokens: int, overlong: Overlong) -> Fitted:

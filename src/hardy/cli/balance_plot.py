@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hardy.balance.timeline import spans
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 if TYPE_CHECKING:
     from hardy.balance.plan import Plan
@@ -33,5 +33,5 @@ def draw_timeline(made: "Plan", path: Path) -> Path:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"the picture {path} could not be written: {error}") from None
+        raise UserError(f"the picture {path} could not be written: {reason_of(error)}") from None
     return path

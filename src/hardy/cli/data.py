@@ -24,7 +24,7 @@ BAR_WIDTH = 40
 def add_data(parser: Parser) -> None:
     """Add the options of `hardy data`."""
     parser.add_argument(
-        "what", choices=["inspect"], help="inspect: prepare the data (cached) and describe it"
+        "action", choices=["inspect"], help="inspect: prepare the data (cached) and describe it"
     )
     parser.add_argument("target", metavar="RECIPE|FILE.toml", nargs="?", default="tiny", help="default: tiny")
     parser.add_argument("--samples", type=int, default=3, metavar="N", help="documents to show (default: 3)")

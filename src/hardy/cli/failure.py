@@ -7,6 +7,8 @@ USER_ERROR = 2
 """What was asked for cannot work; the text says the way out."""
 INTERRUPTED = 130
 """Ended by Ctrl-C (SIGINT)."""
+READER_GONE = 141
+"""What reads our output went away, as `head` does (SIGPIPE); the end is quiet."""
 TERMINATED = 143
 """Ended by SIGTERM."""
 SAID = "HARDY_SAID"

@@ -66,13 +66,11 @@ def run() -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command line `words` and return its exit code: 0, 1, 2, 130 or 143 (see `failure`)."""
+    """Run the command line `words` and return its exit code: 0, 1, 2, 130, 141 or 143 (see `failure`)."""
     try:
-        if not words or words[0] in ("--help", "-h", "help"):
-            print(_help())
-            return failure.SUCCESS if words else failure.USER_ERROR
-        parsed = parse(words)
-        return failure.SUCCESS if parsed is None else parsed[0](parsed[1])
+        code = _obey(words)
+        sys.stdout.flush()  # or a reader that went away would be noticed only by Python's own end
+        return code
     except UserError as error:
         return _say(str(error), failure.USER_ERROR)
     except failure.CommandFailedError as error:
@@ -81,11 +79,11 @@ def main(words: Sequence[str]) -> int:
         return _say("interrupted", failure.INTERRUPTED)
     except failure.Terminated:
         return _say("terminated", failure.TERMINATED)
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # rich makes the second of the first; nothing else here does
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # or the flush at exit would fail again
-        return failure.FAILURE
+        return failure.READER_GONE
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _ABOUT_THE_DISK:
             where = f" ({error.filename})" if error.filename else ""
@@ -96,6 +94,15 @@ def main(words: Sequence[str]) -> int:
             "output of `hardy doctor --json`",
             failure.FAILURE,
         )
+
+
+def _obey(words: Sequence[str]) -> int:
+    """Do what the command line asks for and return the exit code."""
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(_help())
+        return failure.SUCCESS if words else failure.USER_ERROR
+    parsed = parse(words)
+    return failure.SUCCESS if parsed is None else parsed[0](parsed[1])
 
 
 def _say(text: str, code: int) -> int:

@@ -1,10 +1,15 @@
 """argparse as hardy wants it: errors as exceptions, nearest names, settings kept apart from options."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from hardy.config import UserError, unknown_name
+
+_NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+_NO_VALUE = re.compile(r": expected (one|at least one) argument$")
+"""How argparse ends the refusal of an option that stands alone."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,9 +25,27 @@ class Parser(argparse.ArgumentParser):
         """Return the usual help with the long part below it."""
         return super().format_help() + (f"\n{self._long_help()}\n" if self._long_help else "")
 
+    def print_help(self, file: Any = None) -> None:
+        """Print the help; unlike argparse's own it says when the reader went away."""
+        print(self.format_help(), end="", file=file)
+
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print."""
-        raise UserError(f"{message} (see `{self.prog} --help`)")
+        """Raise what argparse would print, in our words where they are plainer."""
+        text = message.removeprefix("argument ")
+        raise UserError(f"{_NO_VALUE.sub(' needs a value', text)} (see `{self.prog} --help`)")
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as refusal:
+            if action.type not in _NUMBERS:
+                raise
+            self.error(f"{refusal.argument_name} must be {_NUMBERS[action.type]}, got {arg_string!r}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            kind = action.option_strings[-1] if action.option_strings else action.dest
+            self.error(unknown_name(str(value), kind, map(str, action.choices)))
 
     def parse(
         self, words: Sequence[str], *, settings: Callable[[], Sequence[str]] = list

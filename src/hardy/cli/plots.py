@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 if TYPE_CHECKING:
     from hardy.data.inspect import SplitSummary
@@ -84,5 +84,5 @@ def _save(figure: Any, path: Path) -> Path:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"the picture {path} could not be written: {error}") from None
+        raise UserError(f"the picture {path} could not be written: {reason_of(error)}") from None
     return path

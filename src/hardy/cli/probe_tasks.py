@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 from hardy.data.documents import Document
 from hardy.data.pydocs import pydocs_source
 from hardy.rng import numpy_generator_for
@@ -56,7 +56,7 @@ def read_labels(path: Path) -> Examples:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--labels {path} cannot be read: {error}") from None
+        raise UserError(f"--labels {path} cannot be read: {reason_of(error)}") from None
     found = [_read(line, where=f"{path}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
     return _examples(found)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import hardy
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 RESULT_FILE = Path("results") / "comparison.json"
 """Of an experiment, inside its folder."""
@@ -195,7 +195,7 @@ def load_experiment(folder: Path) -> Experiment:
     try:
         said = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}; every experiment says there what it claims") from None
+        raise UserError(f"{path}: {reason_of(error)}; every experiment says there what it claims") from None
     return Experiment(
         folder=folder,
         title=said.get("title", folder.name),

@@ -5,7 +5,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 if TYPE_CHECKING:
     from hardy.train.simulate_result import StrategyResult
@@ -65,5 +65,5 @@ def draw_curves(results: Sequence["StrategyResult"], path: Path) -> Path:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError(f"the picture {path} could not be written: {error}") from None
+        raise UserError(f"the picture {path} could not be written: {reason_of(error)}") from None
     return path

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 FORMAT = 1
 FILES = ("offsets.npy", "tokens.bin")
@@ -213,7 +213,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DamagedStoreError(f"{folder / 'meta.json'} cannot be read: {error}") from error
+        raise DamagedStoreError(f"{folder / 'meta.json'} cannot be read: {reason_of(error)}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DamagedStoreError(f"{folder / 'meta.json'} is of another format")
     return meta

@@ -1,7 +1,7 @@
 """From settings to a strategy."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from hardy.distributed.config import (
     LocalSGDConfig,
     LocalUpdateConfig,
     OuterSGDConfig,
+    OuterTorchConfig,
     PostLocalSGDConfig,
     StrategyConfig,
     StreamingDiLoCoConfig,
@@ -146,6 +147,7 @@ def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strat
         pre=config.pre,
         on_excess=config.on_excess,
         seed=trained.seed,
+        rows_are="workers",
     )
     played = None
     if config.attack.name != "none":
@@ -226,7 +228,7 @@ def local_parts(config: LocalUpdateConfig) -> Parts:
         outer = OuterSGD(config.outer.lr, momentum=config.outer.momentum, nesterov=config.outer.nesterov)
     else:
         further = read_arguments(config.outer.arguments, setting="strategy.outer.arguments")
-        outer = TorchOuter.named(config.outer.name, lr=config.outer.lr, **further)
+        outer = _torch_outer(config.outer, further)
     return Parts(
         trigger=trigger,
         aggregation=aggregation,
@@ -234,6 +236,19 @@ def local_parts(config: LocalUpdateConfig) -> Parts:
         compression=_compression(config.compression),
         outer_optimizer=outer,
     )
+
+
+def _torch_outer(config: OuterTorchConfig, further: Mapping[str, Any]) -> OuterOptimizer:
+    """Return an outer optimizer of torch; a refusal names the settings."""
+    if "lr" in further:
+        raise ConfigError(
+            f"strategy.outer.arguments has lr={further['lr']!r}; set strategy.outer.lr to it instead"
+        )
+    try:
+        return TorchOuter.named(config.name, lr=config.lr, **further)
+    except ConfigError as error:
+        settings = "strategy.outer.name, strategy.outer.arguments" if further else "strategy.outer.name"
+        raise ConfigError(f"{settings}: {error}") from error
 
 
 def _guard(config: AnomalyConfig, num_units: int) -> AnomalyGuard:

@@ -201,6 +201,15 @@ def config_from_shape(
 def shape_from_config(config: Mapping[str, Any], *, folder: Path) -> DecoderShape:
     """Return the sizes in a config.json; refuse what the decoder would compute differently."""
     architectures = config.get("architectures") or [config.get("model_type")]
+    if isinstance(config.get("model"), Mapping) and isinstance(config.get("train"), Mapping):
+        raise UserError(
+            f"{folder} is a run folder of hardy; go on with it by `hardy resume {folder}`, or write its "
+            f"model as a Hugging Face folder by `hardy export {folder} OUT`"
+        )
+    if architectures == [None]:
+        raise UserError(
+            f"{folder}/config.json names no architecture; give a folder saved by transformers or hardy export"
+        )
     if architectures != [ARCHITECTURE] and architectures != ["llama"]:
         raise UserError(f"{folder} holds {architectures}, not {ARCHITECTURE}; use --model.name hf:{folder}")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

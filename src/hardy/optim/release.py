@@ -7,7 +7,6 @@ its smallest memory.
 """
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -55,10 +54,10 @@ class GradientRelease:
                 "after the hooks ran; use fully_shard (FSDP2), on a (replicate, shard) mesh for replicas"
             )
         if accumulation_steps > 1:
-            warnings.warn(
-                f"accumulation_steps={accumulation_steps}: all gradients are kept until the last backward "
-                f"pass of a step, so memory is saved only then",
-                stacklevel=3,
+            log.warning(
+                "gradients are released in the last of the %d backward passes of a step only, and all are "
+                "kept until then; to save memory throughout, let train.micro_packs make one of them",
+                accumulation_steps,
             )
         self.num_updates = 0
         """Units updated since the last `finish`."""

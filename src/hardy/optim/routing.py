@@ -138,10 +138,14 @@ def group_state_bytes(group: Group, *, settings: Mapping[str, Any] | None = None
     )
 
 
+_LEAN_KINDS = frozenset({"apollo", "smmf"})
+"""Rules that are chosen for their small state; `optim.embed_kind` is a setting of theirs, not of muon's."""
+
+
 def _embedding_warning(groups: Sequence[Group], sizes: Sequence[int]) -> list[str]:
     """Return a line if embeddings under AdamW hold more state than all others, who have a leaner rule."""
     at = [i for i, group in enumerate(groups) if (group["role"], group["kind"]) == ("embedding", "adamw")]
-    lean = any(group["role"] in MATRIX_ROLES and group["kind"] != "adamw" for group in groups)
+    lean = any(group["role"] in MATRIX_ROLES and group["kind"] in _LEAN_KINDS for group in groups)
     held, total = sum(sizes[i] for i in at), sum(sizes)
     if not lean or 2 * held <= total:
         return []

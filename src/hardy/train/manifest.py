@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 from hardy.train.durable import FileRecord, checksum, record_of, write_json
 from hardy.train.plain import decode
 
@@ -91,7 +91,7 @@ def read_manifest(folder: Path) -> Checkpoint:
         if isinstance(error, DamagedError):
             raise
         raise DamagedError(
-            f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}: {error})"
+            f"{folder}: {MANIFEST} cannot be read ({type(error).__name__}: {reason_of(error)})"
         ) from error
     match = _STEP_FOLDER.fullmatch(folder.name)
     if match and int(match[1]) != found.step:
@@ -131,7 +131,7 @@ def read_document(checkpoint: Checkpoint) -> dict[str, Any]:
         document = decode(json.loads((checkpoint.folder / PLAIN).read_bytes()))
         return {"plain": document["plain"], "optimizer": document["optimizer"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{checkpoint.folder}: {PLAIN} cannot be read ({error})") from error
+        raise DamagedError(f"{checkpoint.folder}: {PLAIN} cannot be read ({reason_of(error)})") from error
 
 
 def folders(root: Path) -> list[Path]:

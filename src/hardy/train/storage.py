@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 from hardy.train.durable import DTYPES, dtype_name
 from hardy.train.manifest import INDEX, Checkpoint, DamagedError
 from hardy.train.peers import Peers
@@ -165,7 +165,7 @@ def read_index(checkpoint: Checkpoint) -> dict[str, SavedTensor]:
         document = json.loads((checkpoint.folder / INDEX).read_bytes())
         saved = {key: _saved_tensor(entry) for key, entry in document["tensors"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{checkpoint.folder}: {INDEX} cannot be read ({error})") from error
+        raise DamagedError(f"{checkpoint.folder}: {INDEX} cannot be read ({reason_of(error)})") from error
     for key, tensor in saved.items():
         unknown = {chunk["file"] for chunk in tensor.chunks} - checkpoint.files.keys()
         covered = sum(math.prod(chunk["shape"]) for chunk in tensor.chunks)

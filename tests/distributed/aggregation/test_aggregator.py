@@ -11,14 +11,20 @@ X = torch.randn(9, 30, generator=torch.Generator().manual_seed(0)) + 1
 G = torch.ones(30)
 
 
-def test_excess_may_be_an_error():
+@pytest.mark.parametrize(
+    ("rows_are", "f", "on_excess"),
+    [("rows", "num_faulty", "on_excess"), ("workers", "strategy.f", "strategy.on_excess")],
+)
+def test_excess_may_be_an_error(rows_are, f, on_excess):
     rows = X.clone()
     rows[[2, 5]] = torch.nan
-    aggregator = build_aggregator("median", num_faulty=1, on_excess="error")
+    aggregator = build_aggregator("median", num_faulty=1, on_excess="error", rows_are=rows_are)
     with pytest.raises(TooManyFaultyRowsError) as caught:
         aggregator([rows])
-    assert "rows [2, 5] hold NaN or infinity, 2 where num_faulty=1" in str(caught.value)
-    assert "on_excess='warn'" in str(caught.value)
+    assert str(caught.value) == (
+        f"{rows_are} [2, 5] hold NaN or infinity, 2 where {f}=1 was expected; raise it, or set "
+        f"{on_excess}='warn' to go on with the others"
+    )
     assert build_aggregator("median", num_faulty=2, on_excess="error")([rows]).removed == (2, 5)
 
 
@@ -102,14 +108,15 @@ def test_what_all_decide_on_is_added_up_over_all():
     assert build_aggregator("median", num_faulty=1)([rows[:, :20]], total=total).removed == (4,)
 
 
-def test_pre_aggregators_and_limits_in_errors():
-    aggregator = build_aggregator("krum", num_faulty=2, pre=["nnm", "bucketing:2"])
+@pytest.mark.parametrize(("rows_are", "f"), [("rows", "num_faulty"), ("workers", "strategy.f")])
+def test_pre_aggregators_and_limits_in_errors(rows_are, f):
+    aggregator = build_aggregator("krum", num_faulty=2, pre=["nnm", "bucketing:2"], rows_are=rows_are)
     aggregator.check(13)
     with pytest.raises(ConfigError) as caught:
         aggregator.check(10)
     assert str(caught.value) == (
-        "'krum' after 'bucketing' after 'nnm' cannot bear num_faulty=2 (strategy.f) among 10 rows; lower it "
-        "to at most 1, or let at least 13 rows take part"
+        f"'krum' after 'bucketing' after 'nnm' cannot bear {f}=2 among 10 {rows_are}; lower it "
+        f"to at most 1, or let at least 13 {rows_are} take part"
     )
 
 

@@ -8,13 +8,13 @@ from hardy.distributed.robust.fastest_config import FastestConfig
 
 def test_a_k_that_the_faulty_may_fill_is_refused_with_the_least():
     FastestConfig(k=7).check(replicas=8, num_faulty=3)
-    text = r"k=6 of N=8 replicas with f=3 faulty: k must be at least 2f \+ 1 = 7"
+    text = r"k=6 of N=8 replicas with strategy.f=3 faulty: k must be at least 2f \+ 1 = 7"
     with pytest.raises(ConfigError, match=text):
         FastestConfig(k=6).check(replicas=8, num_faulty=3)
-    text = r"k=9 of N=8 replicas with f=3 faulty: k is at most 8, and at least 2f \+ 1 = 7"
+    text = r"k=9 of N=8 replicas with strategy.f=3 faulty: k is at most 8, and at least 2f \+ 1 = 7"
     with pytest.raises(ConfigError, match=text):
         FastestConfig(k=9).check(replicas=8, num_faulty=3)
-    with pytest.raises(ConfigError, match=r"at least 2f \+ 1 = 9, but only 8.*lower f to at most 3"):
+    with pytest.raises(ConfigError, match=r"at least 2f \+ 1 = 9, but only 8.*lower strategy.f to at most 3"):
         FastestConfig(k=8).check(replicas=8, num_faulty=4)
 
 

@@ -56,6 +56,8 @@ class Aggregator:
         pre: what is done to the rows before, in order.
         on_excess: what to do when more than f rows hold NaN or infinity: "warn" goes on with the others.
         seed: of what is drawn.
+        rows_are: whose the rows are, for texts: rows that were handed in, or a run's workers, whose user
+            knows settings.
 
     Raises:
         ConfigError: f is negative, or `pre` makes new rows before a rule that must know whose a row is.
@@ -76,6 +78,7 @@ class Aggregator:
         pre: Sequence[PreAggregator] = (),
         on_excess: Literal["warn", "error"] = "warn",
         seed: int = 0,
+        rows_are: Literal["rows", "workers"] = "rows",
     ) -> None:
         if num_faulty < 0:
             raise ConfigError(f"num_faulty={num_faulty} must be at least 0")
@@ -89,6 +92,7 @@ class Aggregator:
             )
         self.rule, self.num_faulty, self.pre = rule, num_faulty, tuple(pre)
         self.on_excess, self.seed = on_excess, seed
+        self._rows_are: Literal["rows", "workers"] = rows_are
         self._memory = Memory(state=rule.start())
         self._told: tuple[int, ...] = ()
 
@@ -121,7 +125,7 @@ class Aggregator:
         if self._withstands(num_rows, self.num_faulty):
             return
         names = " after ".join(repr(part.name) for part in (self.rule, *reversed(self.pre)))
-        refusal = f"{names} cannot bear num_faulty={self.num_faulty} (strategy.f) among {num_rows} rows"
+        refusal = f"{names} cannot bear {self._named_f} among {num_rows} {self._rows_are}"
         legal = [f for f in range(num_rows) if self._withstands(num_rows, f)]
         ways = [f"lower it to at most {max(legal)}"] if legal else []
         if not self.rule.is_feasible(num_rows, self.num_faulty):
@@ -129,7 +133,7 @@ class Aggregator:
         else:
             larger = range(num_rows + 1, MOST_ROWS_LOOKED_FOR)
             enough = next((n for n in larger if self._withstands(n, self.num_faulty)), None)
-            ways += [] if enough is None else [f"let at least {enough} rows take part"]
+            ways += [] if enough is None else [f"let at least {enough} {self._rows_are} take part"]
         raise ConfigError(f"{refusal}; {', or '.join(ways or ['choose another rule'])}")
 
     @torch.no_grad()
@@ -227,6 +231,11 @@ class Aggregator:
         """Take it back."""
         self._memory = Memory.of(state_dict)
 
+    @property
+    def _named_f(self) -> str:
+        """f under the name by which it was given."""
+        return f"{'strategy.f' if self._rows_are == 'workers' else 'num_faulty'}={self.num_faulty}"
+
     def _withstands(self, num_rows: int, num_faulty: int) -> bool:
         for step in self.pre:
             num_rows = step.rows_left(num_rows)
@@ -262,12 +271,13 @@ class Aggregator:
         if len(removed) <= self.num_faulty:
             return
         text = (
-            f"rows {list(removed)} hold NaN or infinity, {len(removed)} where num_faulty={self.num_faulty} "
+            f"{self._rows_are} {list(removed)} hold NaN or infinity, {len(removed)} where {self._named_f} "
             f"was expected"
         )
         if self.on_excess == "error":
+            section = "strategy." if self._rows_are == "workers" else ""
             raise TooManyFaultyRowsError(
-                f"{text}; raise it, or set on_excess='warn' to go on with the others"
+                f"{text}; raise it, or set {section}on_excess='warn' to go on with the others"
             )
         if removed != self._told:  # a worker that fails at every step is told of once
             logger.warning("%s", text)
@@ -343,7 +353,11 @@ class Aggregator:
     def _fall_back(self, call: Call, base: Outcome) -> Outcome:
         """Return what the trimmed mean of mixed rows gives, where the rows are here and enough."""
         fallback = Aggregator(
-            TrimmedMean(), num_faulty=self.num_faulty, pre=(NearestNeighbourMixing(),), seed=self.seed
+            TrimmedMean(),
+            num_faulty=self.num_faulty,
+            pre=(NearestNeighbourMixing(),),
+            seed=self.seed,
+            rows_are=self._rows_are,
         )
         num_rows = len(call.workers)
         if call.blocks is None or not fallback._withstands(num_rows, self.num_faulty):

@@ -96,6 +96,7 @@ def build_aggregator(
     pre: Sequence[str] = (),
     on_excess: Literal["warn", "error"] = "warn",
     seed: int = 0,
+    rows_are: Literal["rows", "workers"] = "rows",
 ) -> Aggregator:
     """Return an aggregator by names.
 
@@ -106,6 +107,7 @@ def build_aggregator(
         pre: what is done before, in order: "nnm", "arc", "bucketing:SIZE", "clip:NORM".
         on_excess: see `Aggregator`.
         seed: see `Aggregator`.
+        rows_are: see `Aggregator`.
 
     Raises:
         ConfigError: an unknown name or a refused value.
@@ -121,6 +123,7 @@ def build_aggregator(
         pre=[build_pre_aggregator(text) for text in pre],
         on_excess=on_excess,
         seed=seed,
+        rows_are=rows_are,
     )
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hardy.config import ConfigError
+from hardy.config import ConfigError, reason_of
 from hardy.distributed.gossip.base_graph import base_graph
 from hardy.distributed.gossip.config import TopologyConfig
 from hardy.rng import numpy_generator_for
@@ -201,7 +201,8 @@ def _from_file(path: Path, n: int) -> list[Round]:
     try:
         rounds = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"strategy.topology.file={str(path)!r} cannot be read: {error}") from error
+        said = f"strategy.topology.file={str(path)!r} cannot be read: {reason_of(error)}"
+        raise ConfigError(said) from error
     if not isinstance(rounds, list) or not rounds:
         raise ConfigError(f"strategy.topology.file={str(path)!r} holds no list of rounds")
     return [_checked_round(edges, n, where=f"{path}, round {t}") for t, edges in enumerate(rounds)]

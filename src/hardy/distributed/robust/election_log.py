@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hardy.config import UserError
+from hardy.config import UserError, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def read_log(path: Path) -> dict[int, tuple[int, ...]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the log of elections {path}: {error}") from error
+        raise UserError(f"cannot read the log of elections {path}: {reason_of(error)}") from error
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)

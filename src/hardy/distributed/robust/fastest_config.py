@@ -63,15 +63,15 @@ class FastestConfig(Config):
             >>> FastestConfig(k=6).check(replicas=8, num_faulty=3)
             Traceback (most recent call last):
             ...
-            hardy.config.ConfigError: strategy.fastest.k=6 of N=8 replicas with f=3 faulty: k must be at \
-least 2f + 1 = 7, for the faulty may be the fastest
+            hardy.config.ConfigError: strategy.fastest.k=6 of N=8 replicas with strategy.f=3 faulty: k must \
+be at least 2f + 1 = 7, for the faulty may be the fastest
         """
         least = 2 * num_faulty + 1
-        head = f"strategy.fastest.k={self.k} of N={replicas} replicas with f={num_faulty} faulty"
+        head = f"strategy.fastest.k={self.k} of N={replicas} replicas with strategy.f={num_faulty} faulty"
         if least > replicas:
             raise ConfigError(
                 f"{head}: k must be at least 2f + 1 = {least}, but only {replicas} replicas run; start more, "
-                f"or lower f to at most {(replicas - 1) // 2}"
+                f"or lower strategy.f to at most {(replicas - 1) // 2}"
             )
         if self.k < least:
             raise ConfigError(
