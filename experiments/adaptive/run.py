@@ -1,6 +1,6 @@
 """The adaptive recipe against its baselines on four small tasks, and under stress; see README.md.
 
-hardy reproduce adaptive            # about 20 minutes on two cores
+hardy reproduce adaptive            # about 18 minutes on two cores
 hardy reproduce adaptive --smoke    # seconds, proves nothing but that it runs
 """
 

@@ -1,6 +1,6 @@
 """A small language model of eight workers, two of whom attack: rule by rule, attack by attack; see README.md.
 
-hardy reproduce robust            # about fifteen minutes on two cores
+hardy reproduce robust            # about twenty minutes on two cores
 hardy reproduce robust --smoke    # seconds, proves nothing but that it runs
 """
 
