@@ -202,6 +202,16 @@ def test_decisions_that_are_due_by_time_come(open_host):
     assert host.coordinator.due_s(math.inf) == math.inf
 
 
+def test_a_moment_that_passes_while_the_coordinator_thinks_is_not_missed(open_host, monkeypatch):
+    host = open_host(Rules(k=2, patience_s=0.3, on_shortfall="shrink"), replicas=1)
+    wire = member(host)  # opens the election
+    tick = host.coordinator.tick
+    monkeypatch.setattr(host.coordinator, "tick", lambda now_s: (tick(now_s), time.sleep(0.4)))
+    ready(wire)
+    until(lambda: wire._store.queue_len(wire._seal.lane(wire.rank, wire.generation, way="down")) > 0)
+    assert wire.hear()[0].kind is Kind.GO
+
+
 def test_the_store_listens_at_the_given_interface(open_host):
     assert open_host().address.startswith("127.0.0.1:")
     with pytest.raises(UserError, match=r"cannot listen at '192.0.2.1'"):

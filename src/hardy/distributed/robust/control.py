@@ -132,13 +132,15 @@ class ElectionHost:
 
     def _live(self, store: TCPStore) -> None:
         """Be the thread: wait for the bell, look into the queues, decide, answer."""
-        coordinator, is_busy = self.coordinator, False
+        coordinator, is_busy, due_s = self.coordinator, False, math.inf
         while not self._ended.is_set():
             try:
                 if not is_busy:
-                    self._wait_for_bell(store)
+                    self._wait_for_bell(store, due_s)
                 is_busy = self._sweep(store)
-                coordinator.tick(self._clock.now())
+                now_s = self._clock.now()
+                coordinator.tick(now_s)
+                due_s = coordinator.due_s(now_s)  # of the same moment, or one in between would be missed
             except Exception:  # whoever waits for an answer must hear that there is none
                 logger.exception("the coordinator of the elections failed")
                 coordinator.fail(Reason.FAULT)
@@ -146,9 +148,8 @@ class ElectionHost:
             for address, records in coordinator.take_mail():
                 store.queue_push(self._queue(address), self._seal.pack(records))
 
-    def _wait_for_bell(self, store: TCPStore) -> None:
+    def _wait_for_bell(self, store: TCPStore, due_s: float) -> None:
         """Return when someone has rung, or time alone may decide."""
-        due_s = self.coordinator.due_s(self._clock.now())
         if due_s == math.inf:
             store.wait([_BELL], _LONG)
         while not store.check([_BELL]):  # no wait with a time-out: each that expires fills torch's log
