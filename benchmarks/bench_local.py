@@ -146,7 +146,7 @@ CASES = (
             edit(every_steps=32, rounds=1),
             a_edit(every_s=8.0, rounds=3),
         ),
-        least=(1.3, 1.7),
+        least=(1.2, 2.0),
     ),
 )
 

@@ -111,29 +111,26 @@ def test_an_outer_optimizer_that_cannot_be_is_refused_by_its_settings(name, argu
         local_parts(DiLoCoConfig(outer=OuterTorchConfig(name=name, arguments=arguments)))
 
 
-def test_one_replica_is_told_that_it_exchanges_with_nobody(caplog):
+def one_unit_alone():
     model = nn.Sequential(nn.Linear(2, 2))
-    trained = Trained(
+    return Trained(
         model=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         unit_names=["0"],
         comm=Alone(),
         grid=split(Alone(), replicas=1, shards=1),
     )
+
+
+def test_one_replica_is_told_that_it_exchanges_with_nobody(caplog):
+    trained = one_unit_alone()
     with caplog.at_level(logging.WARNING):
         build_strategy(DiLoCoConfig(), trained)
     assert "strategy.name=diloco with one replica exchanges with nobody" in caplog.text
 
 
 def test_more_fragments_than_units_are_refused():
-    model = nn.Sequential(nn.Linear(2, 2))
-    trained = Trained(
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        unit_names=["0"],
-        comm=Alone(),
-        grid=split(Alone(), replicas=1, shards=1),
-    )
+    trained = one_unit_alone()
     build_strategy(DiLoCoConfig(fragments=2), trained)
     with pytest.raises(ConfigError, match=r"strategy.fragments=4 is more than the 2 units .* to at most 2"):
         build_strategy(DiLoCoConfig(fragments=4), trained)
