@@ -64,7 +64,7 @@ def test_every_key_has_an_entry_and_every_entry_a_use():
     assert len(tables) == 12
     used = {key for table in tables for keys in table.values() for key in keys or ()}
     assert used <= set(citations.entries())
-    assert set(citations.entries()) - used - {citations.HARDY} <= {citations.LARGE_STEPS}
+    assert set(citations.entries()) - used - {citations.HARDY} <= {citations.LARGE_STEPS, *citations.HISTORY}
 
 
 def test_entries_are_whole_and_differ():
@@ -122,6 +122,16 @@ def test_a_plain_run_cites_its_optimizer_alone():
                 "strategy__attack__workers": [0],
             },
             {citations.MEDIAN, citations.BUCKETING, "baruch2019little"},
+        ),
+        (
+            {
+                "optim__name": "sgd",
+                "strategy__name": "robust",
+                "strategy__rule": "multi_krum",
+                "strategy__pre": ["clip:1"],
+                "strategy__history": 0.99,
+            },
+            {citations.KRUM, *citations.HISTORY},
         ),
         (
             {

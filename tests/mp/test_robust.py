@@ -1,13 +1,14 @@
 """Robust rules on real workers: between FSDP2 replicas, inside one group, as DDP's hook; all as dense."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from hardy.config import ConfigError
-from hardy.distributed.aggregation import aggregate
+from hardy.distributed.aggregation import build_aggregator
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.comm import Alone
 from hardy.distributed.groups import Grid, split
@@ -46,13 +47,14 @@ def vector_of(tensors):
 def dense(config, *, workers, bad=None):
     """Return the weights after some steps on whole stacks of gradients, in one process."""
     model, weights = Net(), []
+    rule = build_aggregator(config.rule, num_faulty=config.f, pre=config.pre, history=config.history)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         rows = []
         for worker in range(workers):
             grads = torch.autograd.grad(loss_of(model, 100 * step + worker), list(model.parameters()))
             rows.append(vector_of(grads) * (1.0 if worker != bad else math.nan))
-        vector = aggregate(torch.stack(rows), config.rule, num_faulty=config.f, pre=config.pre)
+        (vector,) = rule([torch.stack(rows)]).vectors
         for param, part in zip(
             model.parameters(), vector.split([p.numel() for p in model.parameters()]), strict=True
         ):
@@ -113,11 +115,12 @@ RULES = {
     "median": RobustConfig(rule="median", f=1, pre=()),
     "nnm": RobustConfig(rule="trimmed_mean", f=1, pre=("nnm",)),
     "multi_krum": RobustConfig(rule="multi_krum", f=0, pre=()),
+    "history": RobustConfig(rule="mda", f=1, pre=("arc",), history=0.9),
 }
 
 
 def as_ranks(config):
-    return RobustConfig(rule=config.rule, f=config.f, pre=config.pre, worker="rank")
+    return replace(config, worker="rank")
 
 
 def assert_all_equal(found, expected):
@@ -126,7 +129,7 @@ def assert_all_equal(found, expected):
         torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["nnm", "median"])
+@pytest.mark.parametrize("name", ["nnm", "median", "history"])
 def test_between_replicas_that_are_sharded_the_rule_is_that_of_the_whole_stack(name, run_workers):
     config = RULES[name]
     found = run_workers(lambda comm: trained(comm, config, replicas=3, bad=1), size=6)

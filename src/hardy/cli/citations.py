@@ -130,6 +130,8 @@ ATTACKS: Mapping[str, Keys] = {
     "zero": (),
 }
 """By `strategy.attack.name`; those without an entry are plain, or hardy's own."""
+HISTORY: Keys = ("allenzhu2021nonconvex", "karimireddy2021history")
+"""Of `strategy.history` above 0."""
 TOPOLOGIES: Mapping[str, Keys] = {
     "full": (),
     "ring": (),
@@ -183,6 +185,8 @@ def uses(config: TrainConfig) -> Iterator[Use]:
         yield _use("strategy.rule", strategy.rule, RULES)
         for text in strategy.pre:
             yield _use("strategy.pre", split_pre_aggregator(text)[0], PRE_AGGREGATORS)
+        if strategy.history:
+            yield Use(setting="strategy.history", value=f"{strategy.history:g}", keys=HISTORY)
         yield _use("strategy.attack.name", strategy.attack.name, ATTACKS)
         if strategy.fastest is not None:
             yield Use(setting="strategy.fastest.k", value=str(strategy.fastest.k), keys=(DSTAR,))

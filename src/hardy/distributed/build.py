@@ -148,6 +148,7 @@ def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strat
         on_excess=config.on_excess,
         seed=trained.seed,
         rows_are="workers",
+        history=config.history,
     )
     played = None
     if config.attack.name != "none":

@@ -4,7 +4,7 @@ Letters: X [n, d] rows x_i, f of them may be anything, D2 squared distances, y s
 w weights, v last vector, tau radius, c trust left or factor, s bucket size.
 Formulas: P. Blanchard et al. 2017 (Krum); D. Yin et al. 2018 (median, trimmed mean); C. Xie et al. 2018 (mean
 around the median, Phocas); E. M. El Mhamdi et al. 2018 (Bulyan, MDA); K. Pillutla et al. 2019 (Weiszfeld);
-S. P. Karimireddy et al. 2021 (centred clipping).
+S. P. Karimireddy et al. 2021 (centred clipping); Z. Allen-Zhu et al. 2021 (judging by what was sent before).
 
 Differs from the papers: the geometric median starts from the half of the rows nearest to the most
 central one.
@@ -111,9 +111,22 @@ def centered_clip(X: Tensor, v: Tensor, rounds: int = 3, tau: float | None = Non
 
 
 def mda(X: Tensor, f: int) -> Tensor:
+    return mean(X[mda_kept(X, f)])
+
+
+def mda_kept(X: Tensor, f: int) -> list[int]:
     D2 = distances(X)
     subsets = itertools.combinations(range(len(X)), len(X) - f)
-    return mean(X[list(min(subsets, key=lambda s: max(D2[i, j].item() for i in s for j in s)))])
+    return list(min(subsets, key=lambda s: max(D2[i, j].item() for i in s for j in s)))
+
+
+def by_history(Xs: list[Tensor], f: int, beta: float, before, kept) -> list[Tensor]:
+    """Return the mean, step by step, of the rows whose averages so far are `kept`; `before` shortens rows."""
+    a, us = torch.zeros_like(Xs[0]), []
+    for t, X in enumerate(Xs, start=1):
+        a = beta * a + (1 - beta) * before(X, f)
+        us.append(mean(before(X, f)[kept(a / (1 - beta**t), f)]))
+    return us
 
 
 def smea(X: Tensor, f: int) -> Tensor:

@@ -44,6 +44,12 @@ def test_dstar_goes_by_what_workers_report():
             "strategy.mesh.shards=2; set it to 1",
         ),
         ({"worker_momentum": 1.0}, "strategy.worker_momentum must be .*below 1"),
+        ({"history": 0.9}, "strategy.history=0.9 needs a strategy.rule .*'trimmed_mean' does not"),
+        ({"history": 0.9, "rule": "mda"}, "strategy.pre=\\['nnm'\\] mixes them; set strategy.pre to arc"),
+        (
+            {"history": 0.9, "rule": "mda", "pre": (), "fastest": FastestConfig(k=3)},
+            "strategy.history=0.9 remembers gradients",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(settings, text):

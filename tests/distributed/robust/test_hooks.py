@@ -10,7 +10,7 @@ from hardy.config import ConfigError
 from hardy.distributed.aggregation import build_aggregator
 from hardy.distributed.comm import Alone
 from hardy.distributed.robust.combine import Combiner
-from hardy.distributed.robust.hooks import RobustRanks, _check_views
+from hardy.distributed.robust.hooks import RobustRanks, _check_views, _DDPBuckets
 from hardy.distributed.simulation import SimWorld
 
 
@@ -28,6 +28,33 @@ def test_gradients_that_are_copies_are_named():
     model.bias.grad = output[6:].clone()
     with pytest.raises(ConfigError, match="the gradient of bias is a copy .*strategy.worker='replica'"):
         _check_views(model, [output])
+
+
+def test_a_new_order_of_parameters_lets_the_rule_forget_what_it_knows_by_columns():
+    """DDP puts parameters into the order in which they got gradients, after its first step."""
+    aggregator = build_aggregator("mda", num_faulty=0, history=0.5)
+    ranks = SimpleNamespace(
+        size=2,
+        is_coordinate=False,
+        trade=lambda flat: torch.stack([flat, 2 * flat]),
+        gather=lambda slice_d: slice_d,
+        combine=lambda blocks: aggregator(blocks).vectors,
+        forget_columns=aggregator.forget_columns,
+    )
+    buckets, (a, b) = _DDPBuckets(ranks), (torch.ones(4), torch.ones(2))
+    ages = []
+    for order in ([a, b], [a, b], [b, a], [b, a], [b, a]):
+        for param in order:
+            answer = buckets.take(
+                SimpleNamespace(
+                    buffer=lambda param=param: param.clone(),
+                    parameters=lambda param=param: [param],
+                    is_last=lambda param=param, order=order: param is order[-1],
+                )
+            )
+        assert answer.wait().eq(1.5).all()
+        ages.append(aggregator.state_dict()["age/0"])
+    assert ages == [1, 2, 1, 2, 3]
 
 
 def test_ranks_that_draw_columns_draw_from_those_of_all():

@@ -223,9 +223,10 @@ def test_momentum_is_the_workers_own_and_survives_a_gradient_that_is_not_finite(
             torch.testing.assert_close(reduced, expected)
 
 
-@pytest.mark.parametrize("rule", ["centered_clip", "kardam"])
+@pytest.mark.parametrize("rule", ["centered_clip", "kardam", "mda"])
 def test_a_momentum_state_of_another_run_goes_on_bit_for_bit(rule):
-    config = RobustConfig(rule=rule, f=1, pre=(), worker_momentum=0.9)
+    history = 0.5 if rule == "mda" else 0.0
+    config = RobustConfig(rule=rule, f=1, pre=(), worker_momentum=0.9, history=history)
 
     def body(comm):
         side = Side(comm, config)

@@ -25,7 +25,9 @@ from hardy.distributed.aggregation.call import (
     checked_workers,
 )
 from hardy.distributed.aggregation.coordinate import TrimmedMean
+from hardy.distributed.aggregation.history import History
 from hardy.distributed.aggregation.memory import Memory
+from hardy.distributed.aggregation.names import BY_DISTANCE, ONLY_SHORTEN
 from hardy.distributed.aggregation.preaggregation import NearestNeighbourMixing, PreAggregator
 from hardy.distributed.aggregation.rule import CoordinateRule, Rule, Weighing, WeightRule
 from hardy.distributed.aggregation.stack import (
@@ -58,9 +60,13 @@ class Aggregator:
         seed: of what is drawn.
         rows_are: whose the rows are, for texts: rows that were handed in, or a run's workers, whose user
             knows settings.
+        history: decay at which rows are averaged over the steps, worker by worker, before they are judged
+            (`history`); 0 judges each step by itself. Takes memory of one row per worker. Needs a rule of
+            `names.BY_DISTANCE` and the same workers at each step.
 
     Raises:
-        ConfigError: f is negative, or `pre` makes new rows before a rule that must know whose a row is.
+        ConfigError: f is negative, `pre` makes new rows where it matters whose a row is, or the rule cannot
+            judge averages.
 
     Example:
         >>> from hardy.distributed.aggregation.coordinate import Median
@@ -79,19 +85,30 @@ class Aggregator:
         on_excess: Literal["warn", "error"] = "warn",
         seed: int = 0,
         rows_are: Literal["rows", "workers"] = "rows",
+        history: float = 0.0,
     ) -> None:
         if num_faulty < 0:
             raise ConfigError(f"num_faulty={num_faulty} must be at least 0")
+        if not 0 <= history < 1:
+            raise ConfigError(f"history={history!r} must be at least 0 and below 1")
+        if history and rule.name not in BY_DISTANCE:
+            raise ConfigError(
+                f"history={history:g} needs a rule that judges by distances alone "
+                f"({', '.join(sorted(BY_DISTANCE))}), and {rule.name!r} does not; choose one, or set it to 0"
+            )
         if on_excess not in ("warn", "error"):
             raise ConfigError(f"on_excess={on_excess!r} must be 'warn' or 'error'")
         self._keeps_rows = all(step.keeps_rows for step in pre)
-        if rule.names_rows and not self._keeps_rows:
-            names = ", ".join(repr(step.name) for step in pre if not step.keeps_rows)
-            raise ConfigError(
-                f"the rule {rule.name!r} must know whose a row is; leave out {names}, which mixes"
-            )
+        mixing = [
+            repr(step.name)
+            for step in pre
+            if (rule.names_rows and not step.keeps_rows) or (history and step.name not in ONLY_SHORTEN)
+        ]
+        if mixing:
+            who = f"history={history:g}" if history else f"the rule {rule.name!r}"
+            raise ConfigError(f"{who} must know whose a row is; leave out {', '.join(mixing)}, which mixes")
         self.rule, self.num_faulty, self.pre = rule, num_faulty, tuple(pre)
-        self.on_excess, self.seed = on_excess, seed
+        self.on_excess, self.seed, self.history = on_excess, seed, history
         self._rows_are: Literal["rows", "workers"] = rows_are
         self._memory = Memory(state=rule.start())
         self._told: tuple[int, ...] = ()
@@ -229,7 +246,11 @@ class Aggregator:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take it back."""
-        self._memory = Memory.of(state_dict)
+        self._memory = Memory.of(state_dict, decay=self.history)
+
+    def forget_columns(self) -> None:
+        """Begin anew with vectors and rows of earlier steps: the columns will be others from now on."""
+        self._memory = Memory(state=self._memory.state)
 
     @property
     def _named_f(self) -> str:
@@ -255,13 +276,18 @@ class Aggregator:
             return base
         num_faulty = max(self.num_faulty - len(removed), 0)
         last = self._memory.vector_for(call.blocks or []) if self.rule.has_memory else None
-        view = self._view(call, rows, num_faulty, last)
+        history = None
+        if self.history:
+            judged, view, history = self._looked_back(call, rows, num_faulty)
+        else:
+            judged = view = self._view(call, rows, num_faulty, last)
         if isinstance(self.rule, CoordinateRule):
             return self._reduce(self.rule, view, num_faulty, base)
         assert isinstance(self.rule, WeightRule), "a rule is one of the two kinds"
-        decided = self.rule.weigh(view, num_faulty, self._memory.state)
+        decided = self.rule.weigh(judged, num_faulty, self._memory.state)
         outcome = self._carry_out(call, rows, view, decided, base, last)
         self._remember(call, rows, decided, outcome)
+        self._memory = replace(self._memory, history=history)
         if last is None or call.blocks is None or outcome.vectors is None:
             return outcome
         pairs = zip(outcome.vectors, call.blocks, strict=True)
@@ -283,14 +309,39 @@ class Aggregator:
             logger.warning("%s", text)
             self._told = removed
 
-    def _view(self, call: Call, rows: list[int], num_faulty: int, last: Sequence[Tensor] | None) -> View:
+    def _looked_back(self, call: Call, rows: list[int], num_faulty: int) -> tuple[View, View, History]:
+        """Return the averages of the good rows, the rows themselves, and the history with these."""
+        assert call.blocks is not None, "rules of distances are given the rows"
+        if call.workers != tuple(range(len(call.workers))):
+            raise ValueError(
+                f"history={self.history:g} needs all workers in order at each step, got {list(call.workers)}"
+            )
+        view = self._view(call, rows, num_faulty, forms_gram=False)
+        known = self._memory.history or History.start(call.blocks, self.history)
+        history = known.with_rows(call.blocks, rows, view.mix_nR.diagonal())
+        numbers = row_numbers(history.blocks, None, call.total)
+        averages = self._view(
+            replace(call, blocks=history.blocks, numbers=numbers), rows, num_faulty, is_prepared=True
+        )
+        return averages.scaled(history.corrections(rows)), view, history
+
+    def _view(
+        self,
+        call: Call,
+        rows: list[int],
+        num_faulty: int,
+        last: Sequence[Tensor] | None = None,
+        *,
+        forms_gram: bool = True,
+        is_prepared: bool = False,
+    ) -> View:
         """Return what the rule is to see: the good rows, prepared, and the last vector at the end."""
         numbers, num_rows = call.numbers, len(rows)
         squares_m, matrix = numbers.squares_N[rows], None
         if last is not None:
             own = row_numbers([vector[None] for vector in last], None, call.total)
             squares_m = torch.cat([squares_m, own.squares_N])
-        if self.needs_gram:
+        if self.needs_gram and forms_gram:
             assert call.blocks is not None, "only rules of norms and dots come without blocks"
             matrix = gram(call.blocks, rows, squares_m, call.total, extras=last)
         in_use = call.rows(rows)
@@ -309,7 +360,7 @@ class Aggregator:
         )
         if self.rule.remembers_rows and in_use is not None:
             view = replace(view, changes_n=self._memory.changes(in_use, view.workers))
-        for step in self.pre:
+        for step in () if is_prepared else self.pre:
             view = step.apply(view, num_faulty, self.seed)
         return view if last is None else with_last_vector(view, squares_m[-1])
 

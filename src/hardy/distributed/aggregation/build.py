@@ -97,6 +97,7 @@ def build_aggregator(
     on_excess: Literal["warn", "error"] = "warn",
     seed: int = 0,
     rows_are: Literal["rows", "workers"] = "rows",
+    history: float = 0.0,
 ) -> Aggregator:
     """Return an aggregator by names.
 
@@ -108,6 +109,7 @@ def build_aggregator(
         on_excess: see `Aggregator`.
         seed: see `Aggregator`.
         rows_are: see `Aggregator`.
+        history: see `Aggregator`.
 
     Raises:
         ConfigError: an unknown name or a refused value.
@@ -124,6 +126,7 @@ def build_aggregator(
         on_excess=on_excess,
         seed=seed,
         rows_are=rows_are,
+        history=history,
     )
 
 

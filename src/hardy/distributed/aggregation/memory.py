@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hardy.distributed.aggregation.columns import Rows
+from hardy.distributed.aggregation.history import History
 from hardy.distributed.aggregation.stack import working_dtype
 
 
@@ -21,23 +22,32 @@ class Memory:
     """The last vector, one piece per block, in the dtype of the sums: what bf16 rounds away may add up."""
     last_rows: Mapping[int, list[Tensor]] = field(default_factory=dict)
     """What each worker sent the last time, one piece per block."""
+    history: History | None = None
+    """What each worker sent on average."""
 
     @classmethod
-    def of(cls, state_dict: Mapping[str, Any]) -> "Memory":
-        """Return what was saved."""
+    def of(cls, state_dict: Mapping[str, Any], *, decay: float = 0.0) -> "Memory":
+        """Return what was saved; with a decay, its rows are averages over steps."""
         pieces = {key: value.clone() for key, value in state_dict.items() if key.startswith("vector/")}
         last_rows: dict[int, list[Tensor]] = {}
         rows = {key: value for key, value in state_dict.items() if key.startswith("row/")}
         for key in sorted(rows, key=lambda key: int(key.rpartition("/")[2])):
             last_rows.setdefault(int(key.split("/")[1]), []).append(rows[key].clone())
+        ages = {key: state_dict[key] for key in state_dict if key.startswith("age/")}
+        history = None
+        if decay and ages:
+            in_order = [ages[f"age/{worker}"] for worker in range(len(ages))]
+            history, last_rows = History.of(last_rows, in_order, decay), {}
         return cls(
-            state={key: _copied(state_dict[key]) for key in state_dict if key not in pieces | rows},
+            state={key: _copied(state_dict[key]) for key in state_dict if key not in pieces | rows | ages},
             vector=[pieces[f"vector/{i}"] for i in range(len(pieces))] or None,
             last_rows=last_rows,
+            history=history,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, the pieces of the vector as `vector/BLOCK`, of rows as `row/WORKER/BLOCK`."""
+        """Return the state, the pieces of the vector as `vector/BLOCK`, of rows, the last ones or averages,
+        as `row/WORKER/BLOCK`."""
         return {
             **{key: _copied(value) for key, value in self.state.items()},
             **{f"vector/{i}": piece.clone() for i, piece in enumerate(self.vector or [])},
@@ -46,6 +56,7 @@ class Memory:
                 for worker, pieces in self.last_rows.items()
                 for i, piece in enumerate(pieces)
             },
+            **({} if self.history is None else self.history.state_dict()),
         }
 
     def vector_for(self, blocks: Sequence[Tensor]) -> list[Tensor]:

@@ -55,8 +55,14 @@ NEEDS_GRAM = frozenset(
 ) | {"bucketing", "nnm"}
 """Rules, and what comes before them, that need inner products of rows."""
 
+BY_DISTANCE = frozenset({"caf", "geometric_median", "krum", "mda", "multi_krum", "smea"})
+"""Rules that need no more of the rows than how far they lie apart, so that averages can be judged instead."""
+
 PRE_AGGREGATOR_NAMES = ("arc", "bucketing", "clip", "nnm")
 """What may be done to the rows before the rule."""
+
+ONLY_SHORTEN = frozenset({"arc", "clip"})
+"""Pre-aggregators that give each row a factor and mix none."""
 
 WITH_NUMBER = {"bucketing": "bucketing:2", "clip": "clip:1.5"}
 """Pre-aggregators that take a number after a colon, and an example of each."""

@@ -106,6 +106,10 @@ class RobustRanks(Strategy):
         if state_dict["about"]["rule"]:
             self._combine.aggregator.load_state_dict(state_dict["about"]["rule"])
 
+    def forget_columns(self) -> None:
+        """Let the rule begin anew with what it remembers column by column."""
+        self._combine.aggregator.forget_columns()
+
     def trade(self, flat: Tensor) -> Tensor:
         """Return this rank's slice of everyone's values, [N, d]; `flat` has a multiple of N."""
         return self._comm.all_to_all(flat.view(self.size, -1))
@@ -134,6 +138,8 @@ class _DDPBuckets:
     def __init__(self, ranks: RobustRanks) -> None:
         self._ranks = ranks
         self._waiting: list[tuple[Tensor, Tensor, Future[Tensor]]] = []
+        self._order: list[int] = []
+        self._known_order: list[int] = []
 
     def take(self, bucket: GradBucket) -> Future[Tensor]:
         """Return what will hold the combined bucket."""
@@ -141,13 +147,23 @@ class _DDPBuckets:
         padded = nn.functional.pad(buffer, (0, -buffer.numel() % ranks.size))
         future: Future[Tensor] = Future()
         self._waiting.append((buffer, ranks.trade(padded), future))
+        if not ranks.is_coordinate:
+            self._order += [id(param) for param in bucket.parameters()]
         if ranks.is_coordinate or bucket.is_last():
+            if bucket.is_last():
+                self._watch_order()
             slices = ranks.combine([block for _, block, _ in self._waiting])
             for (held, _, answer), slice_d in zip(self._waiting, slices, strict=True):
                 held.copy_(ranks.gather(slice_d)[: held.numel()])
                 answer.set_result(held)
             self._waiting = []
         return future
+
+    def _watch_order(self) -> None:
+        """Let the rule forget what it knows by columns where DDP has put parameters into another order."""
+        if self._known_order and self._order != self._known_order:
+            self._ranks.forget_columns()
+        self._known_order, self._order = self._order, []
 
     def finish(self, model: nn.Module) -> None:
         """Nothing is left when the backward pass has ended."""
