@@ -84,9 +84,14 @@ def one_after_the_other(x, axis):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("contracts", ["rows", "cols"])
-@pytest.mark.parametrize("rank", [1, 2, 7, 8, 33])
+@pytest.mark.parametrize(("rank", "way"), [(1, ""), (7, ""), *product((8, 33), ("products", "tiles"))])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sketches(shape, rank, contracts, dtype, nearly):
+def test_sketches(shape, rank, way, contracts, dtype, nearly, monkeypatch):
+    if way == "tiles" and not native_ops.has_tiles():
+        pytest.skip("needs a processor, a system and a compiler with AMX")
+    if way == "products":
+        monkeypatch.setattr(native_ops, "has_tiles", lambda: False)
+        monkeypatch.setattr(native_ops, "COPY_BYTES", 4096)  # bf16 in bands
     task = sketch_task(shape, rank, contracts, dtype)
     updates_native.sketch([task])
     contracted = 1 if contracts == "cols" else 0

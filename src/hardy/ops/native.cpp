@@ -13,6 +13,7 @@
 #include "native_apollo.hpp"
 #include "native_rows.hpp"
 #include "native_smmf.hpp"
+#include "native_tiled_sketch.hpp"
 
 namespace hardy {
 namespace {
@@ -159,10 +160,10 @@ static int64_t pieces_of(const Task &task) {
   return pieces_for(task.rows * task.cols);
 }
 
-// Bytes of a row of each table, in the order sketch, moments, scale, sweep, adam.
+// Bytes of a row of each table, in the order sketch, tiled_sketch, moments, scale, sweep, adam.
 EXPORT void native_row_bytes(int64_t *out) {
-  const int64_t sizes[] = {sizeof(SketchTask), sizeof(MomentTask), sizeof(ScaleTask), sizeof(SweepTask),
-                           sizeof(AdamTask)};
+  const int64_t sizes[] = {sizeof(SketchTask), sizeof(SketchTask), sizeof(MomentTask),
+                           sizeof(ScaleTask),  sizeof(SweepTask),  sizeof(AdamTask)};
   std::copy(std::begin(sizes), std::end(sizes), out);
 }
 
@@ -187,6 +188,16 @@ EXPORT int native_sketch(const int64_t *table, int64_t count, int64_t threads) {
     else sketch_rows(task, begin_of(part, parts, task.rows, 1), begin_of(part + 1, parts, task.rows, 1));
   };
   return over_tasks<SketchTask>(table, count, threads, parts, elements_of<SketchTask>, work);
+}
+
+// Whether native_tiled_sketch works here: processor, system and compiler have tiles (AMX).
+EXPORT int native_has_tiles() { return tiles_granted(); }
+
+EXPORT int native_tiled_sketch(const int64_t *table, int64_t count, int64_t threads) {
+  const SketchTask *tasks = reinterpret_cast<const SketchTask *>(table);
+  for (int64_t index = 0; index < count; index++)
+    if (!sketch_by_tiles(tasks[index], threads)) return 1;
+  return 0;
 }
 
 EXPORT int native_moments(const int64_t *table, int64_t count, int64_t threads) {

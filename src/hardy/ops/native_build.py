@@ -30,6 +30,8 @@ SOURCES = tuple(
         "native_smmf_step.hpp",
         "native_smmf_wide.hpp",
         "native_threads.hpp",
+        "native_tiled_sketch.hpp",
+        "native_tiles.hpp",
         "native_values.hpp",
     )
 )

@@ -19,10 +19,11 @@ from torch.autograd.graph import increment_version
 
 from hardy.ops import native_build
 
-WORDS = {"sketch": 12, "moments": 9, "scale": 18, "sweep": 27, "adam": 19}
+WORDS = {"sketch": 12, "tiled_sketch": 12, "moments": 9, "scale": 18, "sweep": 27, "adam": 19}
 """64-bit words of a row of each table; the compiled library must agree."""
 ONE_PASS_RANK = 8
-"""Below this rank a sketch is made in one pass of our own; from here on by matrix products."""
+"""Below this rank a sketch is made in one pass of fp32 instructions; from here on by matrix products, in one
+pass of tile instructions where the processor has them."""
 COPY_BYTES = 16 << 20
 """Of a bf16 gradient as fp32: what is converted and multiplied at a time."""
 LIBRARY: Any = torch_library.Library("hardy", "FRAGMENT")
@@ -57,6 +58,13 @@ def functions() -> dict[str, Callable[..., int]] | None:
         function.argtypes = [ctypes.c_void_p, word, word, *([word] * 5 if name == "fill" else ())]
         found[name] = function
     return found
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Return whether sketches are made by tile instructions (AMX): where processor and system have them."""
+    library = native_build.loaded_library()
+    return library is not None and bool(library.native_has_tiles())
 
 
 @functools.cache
@@ -158,14 +166,17 @@ def _sketch(
     squares: Sequence[Tensor],
     by_columns: Sequence[int],
 ) -> None:
-    table: list[int] = []
+    rows: dict[str, list[int]] = {"sketch": [], "tiled_sketch": []}
     for task in zip(grads, projections, sketches, squares, by_columns, strict=True):
         grad, projection, sketch, own_squares, axis = task
-        if projection.shape[1] < ONE_PASS_RANK:
-            table += _sketch_row([grad, own_squares, projection, sketch, None], axis)
-        else:
+        by_products = projection.shape[1] >= ONE_PASS_RANK
+        if by_products and not (has_tiles() and grad.numel()):
             _sketch_by_products(*task)
-    _call("sketch", table)
+        else:
+            name = "tiled_sketch" if by_products else "sketch"
+            rows[name] += _sketch_row([grad, own_squares, projection, sketch, None], axis)
+    for name, table in rows.items():
+        _call(name, table)
 
 
 def _sketch_by_products(
