@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import markov
 import torch
 from trial_cache import Trials
 
@@ -42,6 +43,8 @@ SMALL = {
     "train.device": "cpu",
 }
 """A decoder of 0.2 M parameters on the Python sources of this machine, read as bytes."""
+TASKS: dict[str, Callable[[], Mapping[str, object]]] = {"text": dict, "markov": markov.settings}
+"""What each task lays over `SMALL`: nothing, or another text and tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,10 @@ class Trial:
     lr: float
     seed: int
     steps: int
+    task: str = "text"
+    """Name in `TASKS`."""
     changes: tuple[tuple[str, object], ...] = ()
-    """Settings laid over `SMALL`."""
+    """Settings laid over those of the task."""
 
 
 Make = Callable[[torch.nn.Module, float], torch.optim.Optimizer]
@@ -69,7 +74,8 @@ def corpus_of(config: DataConfig) -> Corpus:
 def validation_loss(trial: Trial, make: Make) -> float:
     """Train and return the loss on held-out packs, in nats per token; infinite when the run failed."""
     torch.set_num_threads(1)
-    settings = SMALL | {"train.steps": trial.steps, "train.seed": trial.seed} | dict(trial.changes)
+    run = {"train.steps": trial.steps, "train.seed": trial.seed}
+    settings = {**SMALL, **TASKS[trial.task](), **run, **dict(trial.changes)}
     config = from_dict(TrainConfig, override(to_dict(TrainConfig()), settings | {"optim.lr": trial.lr}))
     assembly = assemble(
         config, Alone(), corpus=corpus_of(config.data), hardware=choose_hardware("cpu", "fp32")
@@ -121,19 +127,20 @@ def compare(
     *,
     seeds: tuple[int, ...],
     steps: int,
+    task: str = "text",
     **changes: object,
 ) -> list[Row]:
     """Tune each optimizer on the first seed, train it on all, and return the rows in the given order."""
     fixed = tuple(sorted(changes.items()))
 
     def trial(name: str, lr: float, seed: int) -> Trial:
-        return Trial(optimizer=name, lr=lr, seed=seed, steps=steps, changes=fixed)
+        return Trial(optimizer=name, lr=lr, seed=seed, steps=steps, task=task, changes=fixed)
 
     def losses(wanted: list[Trial]) -> dict[Trial, float]:
         return trials.run(
             lambda given: validation_loss(given, table[given.optimizer]),
             wanted,
-            label=lambda given: f"{given.optimizer}, lr {given.lr:g}, seed {given.seed}",
+            label=lambda given: f"{given.task}, {given.optimizer}, lr {given.lr:g}, seed {given.seed}",
         )
 
     tuning = losses([trial(name, lr, seeds[0]) for name, grid in grids.items() for lr in grid])

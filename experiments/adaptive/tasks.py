@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import markov
 import torch
 from models import Transformer, perceptron
 from scores import IGNORED, class_loss, class_scores, span_loss, span_scores
@@ -75,20 +76,9 @@ def draw_teacher(count: int, generator: Generator) -> Examples:
 MARKOV_VOCABULARY, MARKOV_TOKENS = 16, 17
 
 
-@functools.cache
-def markov_transitions() -> Tensor:
-    """Return the chances of the next token by the last two, [V, V, V]."""
-    shape = (MARKOV_VOCABULARY,) * 3
-    return (2.5 * torch.randn(shape, generator=generator_for(0, "markov"))).softmax(-1)
-
-
 def draw_markov(count: int, generator: Generator) -> Examples:
     """Return tokens [N, 16] and the token after each; the second, which nothing tells, does not count."""
-    tokens_NT = torch.empty(count, MARKOV_TOKENS, dtype=torch.int64)
-    tokens_NT[:, :2] = torch.randint(MARKOV_VOCABULARY, (count, 2), generator=generator)
-    for place in range(2, MARKOV_TOKENS):
-        chances_NV = markov_transitions()[tokens_NT[:, place - 2], tokens_NT[:, place - 1]]
-        tokens_NT[:, place] = torch.multinomial(chances_NV, 1, generator=generator).squeeze(1)
+    tokens_NT = markov.draw(count, MARKOV_TOKENS, generator, num_symbols=MARKOV_VOCABULARY)
     labels_NT = tokens_NT[:, 1:].clone()
     labels_NT[:, 0] = IGNORED
     return tokens_NT[:, :-1], labels_NT
@@ -96,7 +86,7 @@ def draw_markov(count: int, generator: Generator) -> Examples:
 
 def ideal_markov(tokens_NT: Tensor) -> Tensor:
     """Return the logits of each next token by the law, [N, 16, V]; all equal for the second token."""
-    logits_NTV = markov_transitions().log()[tokens_NT[:, :-1], tokens_NT[:, 1:]]
+    logits_NTV = markov.transitions(MARKOV_VOCABULARY).log()[tokens_NT[:, :-1], tokens_NT[:, 1:]]
     return torch.cat([torch.zeros_like(logits_NTV[:, :1]), logits_NTV], dim=1)
 
 

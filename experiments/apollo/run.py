@@ -5,6 +5,7 @@ hardy reproduce apollo --smoke    # seconds, proves nothing but that it runs
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -12,7 +13,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from claims import main  # noqa: E402  the path is set above
 from optimizers import APOLLO, MINI, TABLE  # noqa: E402
-from small_model import OptimizerStudy  # noqa: E402
+from small_model import Contest, OptimizerStudy  # noqa: E402
 
 NAMES = [
     "adamw",
@@ -42,12 +43,16 @@ def zero_outputs(make):
     return build
 
 
+RELEASED_EPS = partial(APOLLO, rules=[(r"(attention|feed_forward)\.", "apollo", {"eps": 1e-6})])
 ZEROED = {
     "adamw, zero outputs": zero_outputs(TABLE["adamw"]),
     "apollo, zero outputs": zero_outputs(APOLLO),
     "apollo-mini, zero outputs": zero_outputs(MINI),
 }
-
+WITH_RELEASED_EPS = {
+    "apollo, eps 1e-6": RELEASED_EPS,
+    "apollo, zero outputs, eps 1e-6": zero_outputs(RELEASED_EPS),
+}
 
 AT_RATE_OF = {
     "adamw, zero outputs": "adamw",
@@ -66,9 +71,21 @@ CLAIMS = {
         "apollo-mini, embeddings by adamw",
     ),
 }
-STUDY = OptimizerStudy(table=TABLE | ZEROED, names=NAMES, claims=CLAIMS, at_rate_of=AT_RATE_OF).study(
-    FOLDER, __doc__
+TEXT = Contest(names=NAMES, claims=CLAIMS, at_rate_of=AT_RATE_OF)
+MARKOV = Contest(
+    names=[name for name in NAMES if not name.endswith(("by smmf", "by apollo"))],
+    claims={
+        f"markov_{claim}": CLAIMS[claim]
+        for claim in (
+            "apollo_over_adamw_percent",
+            "mini_over_adamw_percent",
+            "apollo_zero_outputs_percent",
+            "mini_zero_outputs_percent",
+        )
+    },
+    at_rate_of=AT_RATE_OF | dict.fromkeys(WITH_RELEASED_EPS, "apollo, embeddings by adamw"),
 )
+STUDY = OptimizerStudy(table=TABLE | ZEROED | WITH_RELEASED_EPS, text=TEXT, markov=MARKOV).study(FOLDER, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(FOLDER.parent))
 
 from claims import main  # noqa: E402  the path is set above
 from optimizers import SMMF, TABLE  # noqa: E402
-from small_model import OptimizerStudy  # noqa: E402
+from small_model import Contest, OptimizerStudy  # noqa: E402
 
 VARIANTS = {
     "smmf, whole model": partial(SMMF, embed_kind="smmf"),
@@ -30,7 +30,9 @@ CLAIMS = {
     "smmf_over_adafactor_percent": ("smmf, whole model", "adafactor"),
     "smmf_embeddings_percent": ("smmf, whole model", "smmf, embeddings by adamw"),
 }
-STUDY = OptimizerStudy(table=TABLE | VARIANTS, names=NAMES, claims=CLAIMS).study(FOLDER, __doc__)
+STUDY = OptimizerStudy(table=TABLE | VARIANTS, text=Contest(names=NAMES, claims=CLAIMS)).study(
+    FOLDER, __doc__
+)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

@@ -169,6 +169,18 @@ def test_steps_never_grow_by_more_than_gamma(cls, limiter):
     assert memory[15] == memory[14] > 0
 
 
+@pytest.mark.parametrize("cls", [APOLLO, APOLLOMini])
+def test_a_gradient_that_is_almost_zero_at_first_slows_no_later_step(cls):
+    """As behind output projections that begin at zero; a larger eps would shorten the steps to come as well."""
+    grads = gradients((20, 12), 12)
+    small = [1e-8 * grads[0], *grads[1:]]
+    lengths = []
+    for each in (grads, small):
+        weights, _ = run(each, cls, rank=1 if cls is APOLLOMini else 6)
+        lengths.append((weights[-1] - weights[-2]).norm().item())
+    assert lengths[1] > 0.5 * lengths[0]
+
+
 def test_the_limiter_off_lets_a_spike_through():
     grads = gradients((20, 12), 6)
     grads[5] *= 100.0

@@ -12,7 +12,8 @@ matrix.
 
 Differs from the released code: P is never stored, but a function of (seed, name, epoch, index); state is
 fp32; a zero gradient is never remembered as a norm (the released limiter then freezes the matrix for 1,800
-steps); sharded weights.
+steps), and eps is 1e-12 instead of 1e-6, which shortened the steps of small gradients, so that the limiter
+remembered these; sharded weights.
 """
 
 import logging
@@ -43,7 +44,7 @@ class ApolloRule(Rule):
     kind = "apollo"
     defaults: ClassVar[Mapping[str, Any]] = {
         "betas": (0.9, 0.999),
-        "eps": 1e-6,
+        "eps": 1e-12,
         "rank": 256,
         "scale_type": "channel",
         "scale": 1.0,

@@ -224,7 +224,7 @@ class LowRankConfig(RuleConfig):
     """Decay of the sketch's first moment."""
     beta2: Beta = 0.999
     """Decay of the sketch's second moment."""
-    eps: PositiveFloat = 1e-6
+    eps: PositiveFloat = 1e-12
     """Added to the root of the second moment."""
     update_proj_gap: PositiveInt = 200
     """Steps for which a projection is used."""

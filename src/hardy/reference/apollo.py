@@ -26,7 +26,7 @@ class Settings:
     alpha: float = 1.0
     b1: float = 0.9
     b2: float = 0.999
-    eps: float = 1e-6
+    eps: float = 1e-12
     lam: float = 0.0
     gamma: float = 1.01
     T: int = 200
