@@ -74,15 +74,24 @@ def test_differencing_beats_longest_first_on_average():
     assert wins > 30
 
 
-def test_equal_groups_fill_the_last_slot():
+def test_equal_groups_have_nine_tenths_of_their_cap_and_each_a_share():
     lengths = drawn(30, most=90)
     for degree in (1, 2, 4):
         made = equal_groups(lengths, world_size=8, cost=COST, degree=degree)
         taken = sorted(i for slot in made.slots for batch in slot for i in batch.sequences)
         assert taken == list(range(30))
-        assert all(batch.sequences for slot in made.slots for batch in slot)
+        assert all(batch.sequences for batch in made.slots[0])
         capacity = max(90 * degree, int(lengths.max()))
         assert max(batch.tokens for slot in made.slots for batch in slot) <= capacity
+
+
+def test_equal_groups_split_the_fullest_pack_for_a_group_that_has_none_and_for_none_else():
+    made = equal_groups([50, 39, 30, 30, 30], world_size=4, cost=COST, degree=1)
+    assert sorted(batch.tokens for batch in made.slots[0]) == [30, 39, 50, 60]
+    more = equal_groups([60, 60, 60, 20, 10, 50, 30], world_size=4, cost=COST, degree=1)
+    assert [[batch.tokens for batch in slot] for slot in more.slots] == [[90, 90, 60, 50]]
+    last = equal_groups([60, 60, 60, 60, 50, 40], world_size=4, cost=COST, degree=1)
+    assert [[batch.tokens for batch in slot] for slot in last.slots] == [[60, 60, 60, 60], [90, 0, 0, 0]]
 
 
 def test_equal_groups_without_enough_sequences():

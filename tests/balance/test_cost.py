@@ -96,6 +96,14 @@ def test_costs_that_make_no_sense_are_refused(bad):
         LengthCostModel(schemes=())
 
 
+def test_work_is_compared_by_the_smallest_group_whatever_its_place():
+    alone, both = (
+        SchemeCost(scheme=Scheme(context=d), a=1.0 / d, b=2.0, c=7.0, cap_tokens=9) for d in (1, 2)
+    )
+    for schemes in ((alone, both), (both, alone)):
+        assert LengthCostModel(schemes=schemes).times([1, 3]).tolist() == [3.0, 15.0]
+
+
 def test_costs_that_can_form_no_group_are_told_from_those_that_can():
     model = analytic_cost(DecoderSizes(2, 64, 128, 4, 2, 16, 256), cap_tokens=100, degrees=(1, 4))
     assert model.forms_groups(4) and not model.forms_groups(3)

@@ -53,7 +53,7 @@ def all_ranks(world_size=4, **changes):
 @pytest.mark.parametrize("mode", ["pack", "dispatch"])
 @pytest.mark.parametrize("objective", ["lock_step", "free_running"])
 @pytest.mark.parametrize("micro_batches", [3, None])
-@pytest.mark.parametrize("batching", [BATCHING, Batching(tokens=1500)])
+@pytest.mark.parametrize("batching", [BATCHING, Batching(tokens=1500, delay_steps=2)])
 def test_every_document_once_an_epoch_and_steps_hold_their_global_batch(
     mode, objective, micro_batches, batching
 ):
@@ -210,6 +210,7 @@ def test_state_of_other_batches_is_refused():
     for other in (
         sampler_of(batching=Batching(sequences=21)),
         sampler_of(batching=Batching(sequences=20, seed=1)),
+        sampler_of(batching=Batching(sequences=20, delay_steps=1)),
         sampler_of(lengths=[*LENGTHS[:-1], 1]),
         sampler_of(lengths=LENGTHS[:30]),
     ):

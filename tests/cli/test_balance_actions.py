@@ -65,6 +65,26 @@ def test_simulate_compares(capsys):
     assert "karmarkar_karp" in text and "nothing is trained" in text
 
 
+@pytest.mark.parametrize("size", [("--sequences", "40"), ("--tokens", "40000")])
+def test_batches_can_be_levelled_first(capsys, size):
+    words = [
+        "simulate",
+        "--batches",
+        "8",
+        *size,
+        "--ranks",
+        "2",
+        "--context",
+        "4096",
+        "--methods",
+        "dispatch",
+    ]
+    drawn, levelled = (told(capsys, *words, *more)["methods"][0] for more in ([], ["--delay-steps", "3"]))
+    assert levelled["time_variation"] < 0.6 * drawn["time_variation"]
+    assert main(["balance", *words, "--delay-steps", "-1"]) == 2
+    assert "--delay-steps must be at least 0, got -1" in capsys.readouterr().err
+
+
 def test_simulate_leaves_out_what_does_not_fit(capsys):
     rows = told(
         capsys, "simulate", "--batches", "3", "--sequences", "40", "--ranks", "4", "--cap-tokens", "1024"

@@ -5,6 +5,7 @@ import logging
 import math
 
 import pytest
+import torch
 
 from hardy.balance.cost import DecoderSizes, analytic_cost
 from hardy.balance.refit import rescaled
@@ -86,6 +87,25 @@ def test_groups_of_several_are_tried_where_one_document_is_the_batch(corpus):
     assert [line["loss"] for line in lines] == pytest.approx(alone, abs=1e-9)
 
 
+def test_levelled_batches_are_the_same_for_any_workers_and_take_about_as_long(corpus):
+    """Levelling moves pieces by so many steps at most; who computes them has no say in it."""
+    settings = {"balance__delay_steps": 3, "balance__split_tokens": 0, "train__steps": 4}
+    alone = losses(make_config(**settings, balance__mode="pack"), corpus, Alone())
+    config = make_config(**settings, balance__mode="dynamic_cp")
+    lines = SimWorld(2).run(lambda comm: losses(config, corpus, comm))[0]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in alone], abs=1e-9)
+    delays = [line["plan_delay_steps"] for line in lines]
+    assert delays == [line["plan_delay_steps"] for line in alone] and max(delays) == 3
+
+    def variation(delay_steps):
+        config = make_config(balance__mode="pack", balance__delay_steps=delay_steps)
+        run = assemble(config, Alone(), corpus=corpus, hardware=HARDWARE)
+        times = cost_of(config.balance, run.worker.model.shape, cap_tokens=64, recompute=False).times
+        return torch.tensor([times(run.plan.batches.lengths(step)).sum() for step in range(8)]).std()
+
+    assert variation(3) < 0.5 * variation(0)
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -113,7 +133,7 @@ def test_what_no_plan_can_be_carried_out_with_is_refused(settings, text):
         check_balance(config)
 
 
-CUT = {"balance__mode": "dispatch", "balance__cap_tokens": 24}
+CUT = {"balance__mode": "dispatch", "balance__cap_tokens": 24, "train__steps": 3}
 
 
 def test_a_document_too_long_for_every_worker_is_refused_before_the_first_step(corpus):
@@ -124,7 +144,7 @@ def test_a_document_too_long_for_every_worker_is_refused_before_the_first_step(c
 
 def test_documents_may_be_split_or_truncated_and_are_counted(corpus):
     """Splitting trains on every token; what truncating leaves out is in no loss and in no count."""
-    tokens = [line["tokens"] for line in losses(make_config(), corpus, Alone())]
+    tokens = [line["tokens"] for line in losses(make_config(train__steps=3), corpus, Alone())]
     found = {}
     for how in ("split", "truncate"):
         config = make_config(**CUT, balance__long_documents=how)

@@ -25,6 +25,10 @@ HARDWARE = choose_hardware("cpu", "fp32")
         ),
         ({"model.name": "60m"}, r"the model changed .* \(model.name is '1m' there and '60m' here; "),
         ({"train.seed": 5}, r"the order of the data changed .* \(train.seed is 0 there and 5 here\)"),
+        (
+            {"balance.mode": "pack", "balance.delay_steps": 3},
+            r"the order of the data changed .* \(balance.delay_steps is 0 there and 3 here\)",
+        ),
         ({"data.validation_fraction": 0.4}, r"the data .* \(data.validation_fraction is 0.2 there and 0.4 "),
         (
             {"data.tokenizer": "bpe:300"},
@@ -42,6 +46,19 @@ def test_resuming_another_run_is_refused(make_config, corpus, cache_dir, change,
     with pytest.raises(UserError, match=r"cannot resume some/run: " + text):
         check_identity(before, now, run_dir="some/run")
     check_identity(before, before, run_dir="some/run")
+
+
+def test_resuming_levelled_batches_by_other_costs_is_refused(make_config, corpus):
+    dotted = {"balance.mode": "pack", "balance.delay_steps": 3}
+    found = []
+    for recompute in ("nothing", "blocks"):
+        changes = {**dotted, "model.recompute": recompute}
+        config = from_dict(type(make_config()), override(to_dict(make_config()), changes))
+        found.append(assemble(config, Alone(), corpus=corpus, hardware=HARDWARE).identity)
+    text = r"\(balance.cost is '2,048 tokens take 3.59\d+ times 1,024' there and '2,048 tokens take 3.6"
+    with pytest.raises(UserError, match=r"the order of the data changed .* " + text):
+        check_identity(found[0], found[1], run_dir="some/run")
+    check_identity(found[0], found[0], run_dir="some/run")
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,9 @@ def equal_groups(
 ) -> Plan:
     """Return slots of equal groups as sequence-parallel systems fill them.
 
-    Best fit into packs of nine tenths of the cap, or of the longest sequence if that is more; where the last
-    slot has groups without a pack, the fullest packs are split for them: tokens are what such systems see.
+    Best fit into packs of nine tenths of the cap, or of the longest sequence if that is more; where there are
+    fewer packs than groups, the fullest are split until each group has one: tokens are what such systems see.
+    Packs are dealt as they come, so in the last slot groups may be empty.
     """
     own = cost.of(Scheme(context=degree))
     tokens, order = sort_lengths(lengths)
@@ -154,7 +155,7 @@ def equal_groups(
     replicas = world_size // degree
     capacity = max(int(FILLED * own.cap_tokens), int(tokens[0]))
     packs = _packs(best_fit(tokens, capacity_tokens=capacity))
-    while len(packs) % replicas:
+    while len(packs) < replicas:
         fullest = max(
             (place for place, pack in enumerate(packs) if pack.size > 1),
             key=lambda place: int(tokens[packs[place]].sum()),

@@ -1,7 +1,7 @@
 """Which documents make each global batch: a function of lengths, settings and the epoch, of nothing else.
 
 Paper: Hydraulis (arXiv 2412.07894), which balances without touching what a batch holds: neither the number of
-ranks nor a plan has a say in it.
+ranks nor a plan has a say in it. Where batches are levelled, the predicted times of documents have.
 """
 
 import hashlib
@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from hardy.balance.cost import Integers
+from hardy.balance.cost import Floats, Integers
 from hardy.balance.lengths import token_batches
+from hardy.balance.level import level_batches
 from hardy.config import UserError
 from hardy.rng import numpy_generator_for
 
@@ -31,6 +32,9 @@ class Batching:
     """Whether what is left at the end of an epoch makes a smaller batch, or is left out of this epoch."""
     seed: int = 0
     """Of the order of documents."""
+    delay_steps: int = 0
+    """Most batches by which a document may come later or sooner than it was drawn, so that batches take about
+    as long; 0 leaves them as drawn. A smaller batch at the end of an epoch stays as it is."""
 
     def __post_init__(self) -> None:
         """Refuse batches of no size, or of two."""
@@ -42,6 +46,8 @@ class Batching:
             )
         if self.last not in ("keep", "drop"):
             raise UserError(f"batching.last must be keep or drop, got {self.last!r}")
+        if self.delay_steps < 0:
+            raise UserError(f"batching.delay_steps must be at least 0, got {self.delay_steps}")
 
 
 class GlobalBatches:
@@ -50,9 +56,10 @@ class GlobalBatches:
     Args:
         lengths: tokens of each document.
         batching: what a batch holds.
+        times: predicted time of each document, by which batches are levelled where `delay_steps` is above 0.
 
     Raises:
-        UserError: no documents, one without tokens, or too few of them for one batch.
+        UserError: no documents, one without tokens, too few of them for one batch, or no times to level by.
 
     Example:
         >>> batches = GlobalBatches([5, 3, 2], Batching(sequences=2))
@@ -60,11 +67,19 @@ class GlobalBatches:
         ([2, 1], [0, 1, 2])
     """
 
-    def __init__(self, lengths: Sequence[int] | Integers, batching: Batching) -> None:
+    def __init__(
+        self, lengths: Sequence[int] | Integers, batching: Batching, *, times: Floats | None = None
+    ) -> None:
         self.lengths: Integers = np.array(lengths, dtype=np.int64)
         self.batching = batching
         if self.lengths.ndim != 1 or not self.lengths.size or int(self.lengths.min()) < 1:
             raise UserError("lengths need at least one document, and at least one token in each")
+        self._times = times
+        if batching.delay_steps and (times is None or times.shape != self.lengths.shape):
+            raise UserError(
+                f"batching.delay_steps={batching.delay_steps} levels batches by predicted times; give one "
+                f"for each of the {self.lengths.size} documents, or set it to 0"
+            )
         self.of = lru_cache(maxsize=2)(self._of_epoch)
         """Returns the batches of an epoch, as indices of documents; two epochs are kept."""
         if not self.of(0):
@@ -76,14 +91,28 @@ class GlobalBatches:
     def hash(self) -> int:
         """Return 63 bits that differ where lengths or settings differ."""
         told = repr((self.batching, self.lengths.size)).encode() + self.lengths.tobytes()
+        if self._times is not None and self.batching.delay_steps:
+            told += self._times.tobytes()
         return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "big") >> 1
 
     def _of_epoch(self, epoch: int) -> list[Integers]:
-        count, size, keep = self.lengths.size, self.batching.sequences, self.batching.last == "keep"
+        count, size = self.lengths.size, self.batching.sequences
         order = numpy_generator_for(self.batching.seed, "global batches", epoch).permutation(count)
         if size is not None:
-            end = count if keep else count - count % size
-            return [order[start : min(start + size, end)] for start in range(0, end, size)]
-        assert self.batching.tokens is not None, "checked where it was made"
-        full = [order[own] for own in token_batches(self.lengths[order], budget_tokens=self.batching.tokens)]
-        return [*full, order[sum(batch.size for batch in full) :]] if keep else full
+            full = [order[start : start + size] for start in range(0, count - count % size, size)]
+        else:
+            assert self.batching.tokens is not None, "checked where it was made"
+            places = token_batches(self.lengths[order], budget_tokens=self.batching.tokens)
+            full = [order[own] for own in places]
+        rest = order[sum(batch.size for batch in full) :]
+        kept = [rest] if rest.size and self.batching.last == "keep" else []
+        return [*self._levelled(full), *kept]
+
+    def _levelled(self, batches: list[Integers]) -> list[Integers]:
+        """Return full batches of about equal predicted time, where that was asked for."""
+        own = self.batching
+        if self._times is None or not own.delay_steps:
+            return batches
+        sizes = self.lengths if own.sequences is None else np.ones_like(self.lengths)
+        room = own.sequences or own.tokens or 0
+        return level_batches(batches, self._times, sizes, room=room, delay_steps=own.delay_steps)

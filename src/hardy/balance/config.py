@@ -26,7 +26,9 @@ class BalanceConfig(Config):
     """How a group shares attention: gather shows all keys to all, ulysses gives each worker some heads."""
     split_tokens: NonNegativeInt = 128
     """Of gather: documents shorter than 2 G times this stay whole in a group of G."""
-
+    delay_steps: NonNegativeInt = 0
+    """Most steps by which a piece of a document may come later or sooner than drawn, so that steps take about
+    as long. 0 leaves batches as drawn; more changes which documents meet in a batch, and drops none."""
     long_documents: Literal["error", "split", "truncate"] = "error"
     """What becomes of a piece of a document that no group of workers holds. error: the run ends. split: parts
     that do not see each other. truncate: its end is left out of the batch. Metrics count both."""
@@ -51,5 +53,7 @@ class BalanceConfig(Config):
             )
 
 
-OF_THE_PLANNER = frozenset({"cap_tokens", "cost", "long_documents", "isolation", "model_error"})
+OF_THE_PLANNER = frozenset(
+    {"cap_tokens", "cost", "delay_steps", "long_documents", "isolation", "model_error"}
+)
 """Settings that mean nothing where nothing is planned."""

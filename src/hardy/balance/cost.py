@@ -86,6 +86,11 @@ class LengthCostModel:
         known = ", ".join(str(cost.scheme) for cost in self.schemes)
         raise UserError(f"the cost model knows no scheme {scheme}; it has {known}")
 
+    def times(self, lengths: Sequence[int] | Integers) -> Floats:
+        """Return the time of each sequence in the smallest group, to compare their work by."""
+        smallest = min(self.schemes, key=lambda cost: (cost.scheme.ranks, cost.scheme))
+        return smallest.times(np.asarray(lengths, dtype=np.int64))
+
     def only(self, schemes: Iterable[Scheme]) -> "LengthCostModel":
         """Return the model with these schemes alone."""
         return replace(self, schemes=tuple(self.of(scheme) for scheme in schemes))

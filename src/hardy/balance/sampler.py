@@ -1,9 +1,10 @@
 """A batch sampler for any data set and loader: global batches that never change, spread over ranks by a plan.
 
 Paper: Hydraulis (arXiv 2412.07894). Which documents make a *global batch* follows from their number, the seed
-and the epoch alone: not from how many ranks there are, nor from how they are balanced. A *step* is one global
-batch; each rank computes its part of it in *micro-batches*. Everything is a function of (epoch, step), so
-all ranks plan alike without a message, and a resumed run sees the same batches.
+and the epoch alone (with `delay_steps` also from their predicted times): not from how many ranks there are,
+nor from how they are balanced. A *step* is one global batch; each rank computes its part of it in
+*micro-batches*. Everything is a function of (epoch, step), so all ranks plan alike without a message, and a
+resumed run sees the same batches.
 """
 
 import hashlib
@@ -108,7 +109,7 @@ class BalancedBatchSampler:
             raise UserError(f"planning.micro_batches must be at least 1, got {planning.micro_batches}")
         if planning.ahead < 0:
             raise UserError(f"planning.ahead must be at least 0, got {planning.ahead}; 0 plans when asked")
-        self.batches = GlobalBatches(lengths, batching)
+        self.batches = GlobalBatches(lengths, batching, times=planning.cost.times(lengths))
         self.planning, self.world_size, self.rank = planning, world_size, rank
         self._check_fit()
         self._clock = clock
@@ -211,8 +212,9 @@ class BalancedBatchSampler:
         told = dict(state_dict)
         if told["batches"] != self.batches.hash():
             raise UserError(
-                "this state is of other global batches: their documents, lengths, sequences, tokens, last or "
-                "seed differ; give the sampler those that it was saved with, or start an epoch anew"
+                "this state is of other global batches: their documents, lengths, sequences, tokens, last, "
+                "seed, delay_steps or, where that is not 0, costs differ; give the sampler those that it was "
+                "saved with, or start an epoch anew"
             )
         place = _Place(told["step"], told["micro_batch"])
         if place.micro_batch and told != self._state(told["epoch"], place):

@@ -44,6 +44,7 @@ def add_balance(parser: Parser) -> None:
         help="tokens that fit on one rank, of a model's cost",
     )
     add("--degree", type=int, default=1, metavar="N", help="ranks of a group where all are equal")
+    add("--delay-steps", type=int, default=0, metavar="N", help="batches a document may move (default: 0)")
     add("--objective", choices=("lock_step", "free_running"), default="lock_step", help="when ranks meet")
     add("--mode", choices=("pack", "dispatch", "dynamic_cp"), help="of plan (default: dynamic_cp)")
     add("--methods", metavar="A,B", help="of simulate; the first is what others are measured by")
@@ -131,6 +132,8 @@ def _check(arguments: argparse.Namespace) -> None:
             f"--bridge-bandwidth must be a number of GB/s from 0 on, got "
             f"{arguments.bridge_bandwidth:g}; 0 does not count the bridge"
         )
+    if arguments.delay_steps < 0:
+        raise UserError(f"--delay-steps must be at least 0, got {arguments.delay_steps}")
     if arguments.sequences and arguments.tokens:
         raise UserError("--sequences and --tokens are two ways to say one thing; give one of them")
 
@@ -139,6 +142,7 @@ def _case(arguments: argparse.Namespace) -> Case:
     import numpy as np
 
     from hardy.balance.lengths import draw_lengths, fit_lengths, token_batches
+    from hardy.balance.level import level_batches
     from hardy.rng import numpy_generator_for
 
     cost = cost_model(arguments.cost, ranks=arguments.ranks, cap_tokens=arguments.cap_tokens)
@@ -165,6 +169,14 @@ def _case(arguments: argparse.Namespace) -> Case:
     else:
         whole = len(fitted.lengths) // sequences
         places = [np.arange(k * sequences, (k + 1) * sequences) for k in range(whole)]
+    if arguments.delay_steps:
+        places = level_batches(
+            places[: arguments.batches],
+            cost.times(fitted.lengths),
+            fitted.lengths if arguments.tokens else np.ones_like(fitted.lengths),
+            room=arguments.tokens or sequences,
+            delay_steps=arguments.delay_steps,
+        )
     batches = [fitted.lengths[place] for place in places[: arguments.batches]]
     if not batches:
         raise UserError("no whole batch is left; give more lengths, or smaller --sequences or --tokens")

@@ -1,7 +1,8 @@
 """Global batches spread over the workers by a plan: the same pieces of documents, other hands.
 
 Paper: Hydraulis (arXiv 2412.07894). What a global batch holds does not change, nor what its gradient is; only
-who computes which piece of a document, alone or in a group that shares it.
+who computes which piece of a document, alone or in a group that shares it. With `balance.delay_steps` batches
+are levelled before, in the same way whatever the number of workers.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 from hardy.balance.config import BalanceConfig
 from hardy.balance.cost import DecoderSizes, LengthCostModel, SchemeCost, analytic_cost, load_cost, shape_hash
+from hardy.balance.level import LevelledPieces
 from hardy.balance.long_documents import Batch, LongDocuments, fit_pieces, too_long
 from hardy.balance.plan import Objective, Plan, Scheme
 from hardy.balance.planner import Mode, plan
@@ -43,6 +45,8 @@ class Planning:
     """See `BalanceConfig.long_documents`."""
     isolation: Literal["check", "skip"] = "check"
     model_error: Literal["warn", "refit"] = "warn"
+    delay_steps: int = 0
+    """See `BalanceConfig.delay_steps`."""
 
     def cap_tokens(self, world_size: int) -> int:
         """Return the most tokens of one document that a group of workers holds."""
@@ -83,7 +87,14 @@ class BalancedBatches:
         vocab_size: int,
     ) -> None:
         self.micro_packs, self.planning, self._vocab_size = micro_packs, planning, vocab_size
-        self._stream, self._batch_packs, self._planned = stream, batch_packs, planned
+        self._stream, self._planned = stream, planned
+        self._levelled = LevelledPieces(
+            stream.pieces,
+            packs_per_epoch=stream.packs_per_epoch,
+            batch_packs=batch_packs,
+            delay_steps=planning.delay_steps,
+            times=planning.cost.times,
+        )
         self._cap_tokens = planning.cap_tokens(planned.comm.size)
         self._groups = GroupsFormed() if planning.mode == "dynamic_cp" and planned.comm.size > 1 else None
         self._check = CostCheck(planning.cost, refit=planning.model_error == "refit")
@@ -110,7 +121,13 @@ class BalancedBatches:
         )
         planned_s = comm.clock.now()
         batches = self._planned.of(made, lambda own: self._stream.pack([batch.pieces[i] for i in own]))
-        self._now = Step(batch=batch, made=made, plan_s=planned_s - began_s, rows=Rows.of(batches))
+        self._now = Step(
+            batch=batch,
+            delay_steps=self._levelled.at(step).delay_steps,
+            made=made,
+            plan_s=planned_s - began_s,
+            rows=Rows.of(batches),
+        )
         on_device = [each.to(worker.device) for each in batches]
         time.start()
         return on_device
@@ -133,6 +150,7 @@ class BalancedBatches:
         seconds, rows, tokens, shared = comm.all_gather(own).T.tolist()
         check, before_s = self._check, self._check.seconds_per_unit
         report = _told(made, check.cost, now.batch) | {
+            "plan_delay_steps": now.delay_steps,
             "plan_time_s": now.plan_s,
             "plan_predicted_s": None if before_s is None else before_s * made.cost,
             "plan_own_s": seconds[comm.rank],
@@ -157,9 +175,8 @@ class BalancedBatches:
     def _pieces_of(self, step: int) -> "Batch":
         """Return the pieces of a global batch, none longer than a group holds."""
         if self._batch is None or self._batch[0] != step:
-            packs = range(step * self._batch_packs, (step + 1) * self._batch_packs)
             how, most = self.planning.long_documents, self._cap_tokens
-            self._batch = step, fit_pieces(self._stream.pieces(packs), most_tokens=most, how=how)
+            self._batch = step, fit_pieces(self._levelled.at(step).pieces, most_tokens=most, how=how)
         return self._batch[1]
 
     def _begin(self, worker: Worker) -> OwnTime:
@@ -202,6 +219,8 @@ class Step:
     """A step that was planned and is not reported yet."""
 
     batch: Batch
+    delay_steps: int
+    """Most steps by which a piece of it comes later than it was drawn."""
     made: Plan
     plan_s: float
     rows: Rows
@@ -250,6 +269,7 @@ def balanced_batches(
         long_documents=balance.long_documents,
         isolation=balance.isolation,
         model_error=balance.model_error,
+        delay_steps=balance.delay_steps,
     )
     most_tokens, (document, longest) = planning.cap_tokens(comm.size), stream.longest_document
     if balance.long_documents == "error" and longest > most_tokens:
@@ -288,6 +308,20 @@ def check_balance(config: TrainConfig) -> None:
             f"balance.mode={config.balance.mode!r} gives steps different numbers of micro-batches, which "
             f"optim.release=true must know; set one of them to its default"
         )
+
+
+def levelled_by(config: TrainConfig, shape: DecoderShape | None) -> dict[str, Any]:
+    """Return the settings that decide how batches are levelled: a run that goes on must share them.
+
+    Nothing where they stay as drawn.
+    """
+    balance = config.balance
+    if not balance.delay_steps or shape is None:
+        return {}
+    cost = cost_of(balance, shape, cap_tokens=1, recompute=config.model.recompute != "nothing")
+    short, long = cost.times([1024, 2048]).tolist()
+    said = f"2,048 tokens take {long / short!r} times 1,024"
+    return {"balance.delay_steps": balance.delay_steps, "balance.cost": said}
 
 
 def cost_of(

@@ -9,6 +9,7 @@ from torch import nn
 from hardy.config import UserError, to_dict
 from hardy.data.corpus import Corpus
 from hardy.model.decoder import Decoder
+from hardy.train.balanced import levelled_by
 from hardy.train.config import TrainConfig
 from hardy.train.folder import differing
 
@@ -37,6 +38,7 @@ def identity(config: TrainConfig, corpus: Corpus, model: nn.Module) -> dict[str,
             "data.pack_tokens": data.pack_tokens,
             "data.document_tokens": data.document_tokens,
             "balance.packing": config.balance.packing,
+            **levelled_by(config, model.shape if isinstance(model, Decoder) else None),
         },
         "strategy": to_dict(config.strategy)["name"],
         "settings": {"model": {"model.name": config.model.name}, "tokenizer": told, "data": told},
@@ -83,7 +85,7 @@ def _as_settings(told: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return a part of an identity by the paths of the settings that decide it."""
     named, part = told.get("settings", {}).get(key, {}), told.get(key)  # none in older checkpoints
     if key == "order":
-        return part or {}
+        return {"balance.delay_steps": 0, **(part or {})}
     if key == "strategy":
         return {"strategy.name": part}
     if key == "model" and isinstance(part, Mapping):
