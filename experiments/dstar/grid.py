@@ -1,5 +1,6 @@
 """Which cells there are, and the numbers of the claims."""
 
+import math
 import statistics
 import tomllib
 from functools import partial
@@ -9,12 +10,14 @@ from cells import ATTACKS, LABEL_FLIP, NOT_SANITISED, RULES, TRUSTED_ALONE, Cell
 from problem import NUM_WORKERS
 
 FOLDER = Path(__file__).parent
-SEEDS = (0, 1)
+SEEDS = (0, 1, 2, 3, 4)
+FEW = 2
+"""Seeds of a cell, from the first, unless `seeds_of` says otherwise: as many as the other program had."""
 COLUMNS = tuple(RULES)[:9]
 DEFAULT = "dSTAR clip+history"
 MAIN = ("sign flip", "IPM 0.5", "IPM 10", "ALIE 1.5", "edge", "cosine 1.05", "cosine 0.1")
 MOMENTUM_RULES = ("mean", "median", "multi-Krum", "dSTAR clip+current", DEFAULT)
-MOMENTUM_ATTACKS = ("IPM 0.5", "ALIE 1.5", "edge", "cosine 1.05")
+MOMENTUM_ATTACKS = ("IPM 0.5", "ALIE 1.5", "edge", "cosine 1.05", "cosine 0.1")
 DIGITS_RULES = ("mean", "median", "multi-Krum", "NNM + trimmed mean", DEFAULT)
 OTHERS = (*(name for name in ATTACKS if name not in MAIN), LABEL_FLIP)
 MILD = ("mimic", "mimic, learned", "stale 100", "replay")
@@ -24,6 +27,10 @@ SEARCHED_RULES = ("median", "trimmed mean", "multi-Krum")
 """Rules that the attacks which try out the rule twenty times a step are played on."""
 WAITED = (20, 17, 14, 10)
 """k of the straggler runs."""
+FLOORS = ("iid", "non-iid", "momentum iid", "momentum non-iid", "near half")
+"""Tables in which dSTAR's default is run with all seeds."""
+MUST_FAIL = ("mean", "median", "multi-Krum")
+"""Rules that must fall where the other program's fell."""
 SOUND, BROKEN, AGREED, EFFECT = 0.85, 0.5, 0.02, 0.05
 
 
@@ -33,7 +40,7 @@ class Grid:
     def __init__(self, *, smoke):
         self.smoke = smoke
         changes = {"steps": 1} if smoke else {}
-        self.seeds = SEEDS[:1] if smoke else SEEDS
+        self.expected = {(table, attack, rule): pair for table, attack, rule, pair in expected_values()}
         self.cell = partial(Cell, **changes)
 
     def tables(self):
@@ -42,38 +49,54 @@ class Grid:
         if self.smoke:
             attacks = ("none", "edge", "IPM 0.5")
         tables = {
-            "iid": self._table(attacks, columns),
-            "non-iid": self._table(attacks, columns, split="non-iid"),
-            "momentum iid": self._table(MOMENTUM_ATTACKS, MOMENTUM_RULES, momentum=0.9),
-            "momentum non-iid": self._table(MOMENTUM_ATTACKS, MOMENTUM_RULES, momentum=0.9, split="non-iid"),
-            "digits": self._table(attacks, DIGITS_RULES, data="digits"),
-            "others": self._table(("none", *OTHERS), OTHER_RULES, seeds=SEEDS[:1]),
-            "others non-iid": self._table(("none", *MILD), OTHER_RULES, split="non-iid", seeds=SEEDS[:1]),
+            "iid": self._table("iid", attacks, columns),
+            "non-iid": self._table("non-iid", attacks, columns, split="non-iid"),
+            "momentum iid": self._table("momentum iid", MOMENTUM_ATTACKS, MOMENTUM_RULES, momentum=0.9),
+            "momentum non-iid": self._table(
+                "momentum non-iid", MOMENTUM_ATTACKS, MOMENTUM_RULES, momentum=0.9, split="non-iid"
+            ),
+            "digits": self._table("digits", attacks, DIGITS_RULES, data="digits"),
+            "others": self._table("others", ("none", *OTHERS), OTHER_RULES),
+            "others non-iid": self._table("others", ("none", *MILD), OTHER_RULES, split="non-iid"),
             "near half": {},
             "trusted": {},
             "stragglers": {},
         }
         for f, k in ((9, 19), (8, 17)):
-            rows = self._table(MAIN, (DEFAULT,), num_faulty=f, num_received=k, seeds=SEEDS[:1])
+            rows = self._table("near half", MAIN, (DEFAULT,), num_faulty=f, num_received=k)
             tables["near half"] |= {f"{attack}, f={f}, k={k}": row for attack, row in rows.items()}
         for data in ("gaussian", "digits"):
-            tables["trusted"] |= {data: self._table(("none",), (TRUSTED_ALONE,), data=data)["none"]}
+            tables["trusted"] |= {
+                data: self._table("trusted", ("none",), (TRUSTED_ALONE,), data=data)["none"]
+            }
         for k in WAITED:
-            rows = self._table(("none",), ("mean", DEFAULT), num_received=k, exponential=True)
+            rows = self._table("stragglers", ("none",), ("mean", DEFAULT), num_received=k, exponential=True)
             tables["stragglers"] |= {f"k={k}": rows["none"]}
         return tables
 
-    def _table(self, attacks, rules, *, seeds=None, **changes):
+    def _table(self, name, attacks, rules, **changes):
         return {
             attack: {
                 rule: [
-                    self.cell(rule=rule, attack=attack, seed=seed, **changes) for seed in seeds or self.seeds
+                    self.cell(rule=rule, attack=attack, seed=seed, **changes)
+                    for seed in self.seeds_of(name, attack, rule)
                 ]
                 for rule in rules
                 if not attack.startswith("optimal") or rule in SEARCHED_RULES
             }
             for attack in attacks
         }
+
+    def seeds_of(self, table, attack, rule):
+        """Return the seeds: all for dSTAR's default and its bar, and where the expected two differ."""
+        if self.smoke:
+            return SEEDS[:1]
+        if table == "others":
+            return SEEDS[1:2]  # the first has a head start
+        pair = self.expected.get((table, attack, rule))
+        if (rule == DEFAULT and table in FLOORS) or table == "trusted":
+            return SEEDS
+        return SEEDS[:FEW] if pair is None or agree(pair) else SEEDS
 
 
 def accuracies(tables, results):
@@ -101,36 +124,47 @@ def expected_values():
                 yield table, attack, rule, pair
 
 
+def agree(pair):
+    """Whether two accuracies of another program are so near each other that ours are compared with them."""
+    return max(pair) - min(pair) <= AGREED + 1e-9
+
+
 def numbers(found):
     """Return what the claims of expected.toml are about."""
     compared = [
-        (rule, pair, found[table][attack][rule])
+        (rule, pair, [result["accuracy"] for result in found[table][attack][rule]])
         for table, attack, rule, pair in expected_values()
-        if attack in found[table]
+        if attack in found.get(table, {})
     ]
     off = [
-        (min(pair), abs(mean(got) - statistics.fmean(pair)))
+        (min(pair), abs(statistics.fmean(got[:FEW]) - statistics.fmean(pair)))
         for _, pair, got in compared
-        if max(pair) - min(pair) <= AGREED + 1e-9
+        if agree(pair)
     ]
     broken = [
-        result["accuracy"]
-        for rule, pair, got in compared
-        if rule in ("mean", "median", "multi-Krum") and max(pair) <= BROKEN
-        for result in got
+        statistics.fmean(got) for rule, pair, got in compared if rule in MUST_FAIL and max(pair) <= BROKEN
     ]
     trusted = mean(found["trusted"]["gaussian"][TRUSTED_ALONE])
     default = {table: least(found[table]) for table in ("iid", "non-iid", "digits", "near half")}
+    other_programs = {(table, attack) for table, attack, rule, _ in expected_values() if rule == DEFAULT}
+    grid = {(t, attack): mean(row[DEFAULT]) for t in ("iid", "non-iid") for attack, row in found[t].items()}
     return {
-        "default_least": min(default["iid"], default["non-iid"]),
+        "default_least": min(got for cell, got in grid.items() if cell in other_programs),
+        "default_least_added": min(
+            (got for cell, got in grid.items() if cell not in other_programs), default=1.0
+        ),
         "over_trusted_iid": default["iid"] - trusted,
         "over_trusted_non_iid": default["non-iid"] - trusted,
         "sound_off": max((gap for lowest, gap in off if lowest >= SOUND), default=0.0),
         "all_off": max((gap for _, gap in off), default=0.0),
+        "differing_off": max(
+            (outside(pair, got) for _, pair, got in compared if not agree(pair)), default=0.0
+        ),
         "broken_most": max(broken, default=1.0),
         "informed_current": mean(found["iid"]["edge"]["dSTAR none+current"]),
         "attacks_without_effect": float(len(without_effect(found))),
         "momentum_median": mean(found["momentum iid"]["edge"]["median"]),
+        "momentum_least": min(least(found["momentum iid"]), least(found["momentum non-iid"])),
         "near_half_least": default["near half"],
         "digits_least": default["digits"],
         "wait_off": max(
@@ -140,6 +174,17 @@ def numbers(found):
             for result in results
         ),
     }
+
+
+def outside(pair, got):
+    """Return how far the mean of two accuracies lies outside the range of ours; one of ours has no range.
+
+    Example:
+        >>> outside((0.8, 0.6), [0.71, 0.9]), outside((0.8, 0.6), [0.1, 0.65])
+        (0.010000000000000009, 0.04999999999999993)
+    """
+    middle = statistics.fmean(pair)
+    return max(min(got) - middle, middle - max(got), 0.0) if len(got) > 1 else math.nan
 
 
 def least(table):
