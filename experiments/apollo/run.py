@@ -85,7 +85,9 @@ MARKOV = Contest(
     },
     at_rate_of=AT_RATE_OF | dict.fromkeys(WITH_RELEASED_EPS, "apollo, embeddings by adamw"),
 )
-STUDY = OptimizerStudy(table=TABLE | ZEROED | WITH_RELEASED_EPS, text=TEXT, markov=MARKOV).study(FOLDER, __doc__)
+STUDY = OptimizerStudy(table=TABLE | ZEROED | WITH_RELEASED_EPS, text=TEXT, markov=MARKOV).study(
+    FOLDER, __doc__
+)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

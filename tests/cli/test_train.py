@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,19 +179,37 @@ def test_workers_are_started_with_the_same_words(small, tmp_path, monkeypatch):
     assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *small, "--json"])]
 
 
-@pytest.mark.parametrize(("name", "shards"), [("diloco", 1), ("push_sum", 1), ("diloco", 2)])
-def test_elastic_replicas_are_started_with_a_store_and_again(small, tmp_path, monkeypatch, name, shards):
+@pytest.mark.parametrize(
+    ("name", "shards"), [("diloco", 1), ("push_sum", 1), ("diloco", 2), ("robust", 1), ("robust", 2)]
+)
+def test_replicas_that_may_die_are_started_with_a_store_and_again(small, tmp_path, monkeypatch, name, shards):
     seen = []
     monkeypatch.setattr(
         train_module, "run_replicas", lambda *given, **more: seen.append((*given[:2], more)) or 143
     )
     words = [*small, "--strategy.name", name, "--strategy.elastic", "true", "--strategy.max_restarts", "7"]
     run_dir = str(tmp_path / "run")
+    hosts = []
+    monkeypatch.setattr(
+        "hardy.train.elections.election_host",
+        lambda *_, replicas: hosts.append(replicas) or SimpleNamespace(close=lambda: None),
+    )
+    if name == "robust":
+        words = [*small, "--strategy.name", name, "--strategy.f", "0", "--strategy.fastest.k", "2"]
+        words += ["--strategy.fastest.max_restarts", "7"]
     if shards > 1:
         words += ["--strategy.mesh.shards", str(shards)]
     assert main(["train", "tiny", "--workers", str(2 * shards), "--run-dir", run_dir, *words]) == 143
     told = {"max_restarts": 7, "replica_size": shards}
     assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *words], told)]
+    assert hosts == ([2] if name == "robust" else [])
+
+
+def test_the_first_k_are_replicas_and_not_workers(small, tmp_path, capsys):
+    words = [*small, "--strategy.name", "robust", "--strategy.f", "0", "--strategy.fastest.k", "3"]
+    words += ["--strategy.mesh.shards", "2", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", "tiny", "--workers", "4", *words]) == 2
+    assert "strategy.fastest.k=3 of N=2 replicas" in errors(capsys)
 
 
 def test_one_sharded_replica_alone_has_nobody_to_lose_and_others_must_be_whole(

@@ -1,4 +1,4 @@
-"""`hardy train` with the fastest k of n: slow, killed, NaN, 1e20; the run ends as one without."""
+"""`hardy train` with the fastest k of n: slow, killed, NaN, 1e20; it ends as one without. Sharded too."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hardy.config import from_dict, override, to_dict
+from hardy.distributed.comm import leave_world
 from hardy.distributed.robust.election_log import read_log
 from hardy.train import elections, loop, run
 from hardy.train.config import TrainConfig
@@ -93,6 +94,41 @@ def measured(run_workers, config, folder, troubles):
     assert all(steps == STEPS for rank, (_, steps) in enumerate(found) if rank not in dead)
     assert len(losses) == 1, "all who live have the same weights at the end"
     return losses.pop(), statistics.median(own), lines
+
+
+def test_sharded_replicas_of_whom_all_are_awaited_are_one_process(few_words, run_workers, tmp_path):
+    changes = {"train.steps": 4, "train.evaluate_every_steps": 2, "checkpoint.every_steps": 2}
+    alone = from_dict(TrainConfig, override(to_dict(few_words), changes))
+    strategy = {"name": "robust", "rule": "mean", "pre": (), "f": 0, "fastest": {"k": 2}}
+    sharded = from_dict(TrainConfig, to_dict(alone) | {"strategy": strategy | {"mesh": {"shards": 2}}})
+    cache = tmp_path / "cache"
+
+    def body(comm):
+        leave_world()
+        address = tmp_path / "address"
+        if comm.rank == 0:
+            host = elections.election_host(sharded, tmp_path / "four", replicas=2)
+            address.with_suffix(".tmp").write_text(host.address)
+            address.with_suffix(".tmp").rename(address)
+        while not address.exists():
+            time.sleep(0.01)
+        meeting, store = f"file://{tmp_path}/meeting-{comm.rank // 2}", address.read_text()
+        world = World(rank=comm.rank, size=4, address=meeting, store=store, replica_size=2)
+        summary = run.start(sharded, tmp_path / "four", run.Surroundings(cache_dir=cache, world=world))
+        (tmp_path / f"done-{comm.rank}").touch()
+        while comm.rank == 0 and len(list(tmp_path.glob("done-*"))) < 4:
+            time.sleep(0.01)
+        return summary.steps, summary.validation_loss
+
+    found = run_workers(body, size=4)
+    run.start(alone, tmp_path / "one", run.Surroundings(cache_dir=cache))
+    one, four = (list(read_metrics(tmp_path / name / "metrics.jsonl")) for name in ("one", "four"))
+    assert found == [(4, four[-1]["validation_loss"])] * 4
+    for key in ("loss", "grad_norm"):
+        assert [x[key] for x in four] == pytest.approx([x[key] for x in one], rel=1e-4)
+    assert four[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-5)
+    assert read_log(tmp_path / "four" / elections.LOG) == dict.fromkeys(range(4), (0, 1))
+    assert (tmp_path / "four" / "checkpoints-replica-1" / "step-00000004").is_dir()
 
 
 @pytest.mark.slow

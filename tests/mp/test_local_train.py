@@ -211,18 +211,27 @@ def test_a_run_goes_on_in_other_layouts(run_workers, config, tmp_path):
 
 
 def test_the_workers_of_a_replica_meet_and_are_more_patient_than_replicas_are(run_workers, config, tmp_path):
-    config = with_strategy(config, name="diloco", elastic=True, mesh={"shards": 2}, timeout_s=30.0)
+    strategies = {
+        "elastic": {"name": "diloco", "elastic": True, "timeout_s": 30.0},
+        "fastest": {"name": "robust", "f": 0, "fastest": {"k": 1, "timeout_s": 30.0}},
+    }
 
-    def body(comm):
-        leave_world()
-        where = f"file://{tmp_path}/meeting"
+    def joined(comm, name):
+        where = f"file://{tmp_path}/meeting-{name}"
         world = World(rank=2 + comm.rank, size=4, address=where, store="unused:1", replica_size=2)
+        made = with_strategy(config, mesh={"shards": 2}, **strategies[name])
         with ExitStack() as held:
-            inner = join_replica(config, world, held, device_type="cpu")
+            inner = join_replica(made, world, held, device_type="cpu")
             told = inner.rank, inner.size, inner.timeout_s, inner.sum(torch.tensor(world.rank)).item()
         return told, torch.distributed.is_initialized()
 
-    assert run_workers(body, size=2) == [((0, 2, 60.0, 5), False), ((1, 2, 60.0, 5), False)]
+    def body(comm):
+        leave_world()
+        return [joined(comm, name) for name in strategies]
+
+    endless_s = 365 * 86400.0  # the first worker waits for the coordinator as long as it takes
+    for rank, told in enumerate(run_workers(body, size=2)):
+        assert told == [((rank, 2, 60.0, 5), False), ((rank, 2, endless_s, 5), False)]
 
 
 @pytest.mark.slow

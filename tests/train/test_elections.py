@@ -5,6 +5,7 @@ from contextlib import ExitStack
 import pytest
 
 from hardy.config import UserError, from_dict, override, to_dict
+from hardy.distributed.simulation import SimWorld
 from hardy.train.config import TrainConfig
 from hardy.train.elections import LOG, election_host, fastest_of, way_in
 from hardy.train.plan import World
@@ -39,6 +40,16 @@ def test_a_replica_enters_and_elections_are_logged(tmp_path):
     finally:
         host.close()
     assert '"elected": [0]' in (tmp_path / LOG).read_text()
+
+
+def test_the_workers_of_a_replica_must_have_the_same_settings(tmp_path):
+    def body(comm):
+        config = config_with(starve_limit=50 + comm.rank)
+        world = World(rank=comm.rank, size=2, store="unused:1", replica_size=2)
+        with ExitStack() as held, pytest.raises(UserError, match="workers 1 of 2 have other settings"):
+            way_in(config, world, tmp_path, held, inner=comm)(0)
+
+    SimWorld(2).run(body)
 
 
 def test_another_secret_is_refused(tmp_path):

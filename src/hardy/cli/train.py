@@ -111,12 +111,13 @@ def _launch(config: TrainConfig, run_dir: Path, num_workers: int, words: list[st
     """Run the command in several processes and return the exit code of all."""
     strategy = config.strategy
     if isinstance(strategy, CombinedConfig) and strategy.fastest is not None:
-        strategy.fastest.check(replicas=num_workers, num_faulty=strategy.f)
+        replicas, shards = strategy.mesh.sizes(num_workers)
+        strategy.fastest.check(replicas=replicas, num_faulty=strategy.f)
         from hardy.train.elections import election_host  # imports torch
 
-        host = election_host(config, run_dir, replicas=num_workers)
+        host, again = election_host(config, run_dir, replicas=replicas), strategy.fastest.max_restarts
         try:
-            return run_replicas(num_workers, words, host, max_restarts=strategy.fastest.max_restarts)
+            return run_replicas(replicas, words, host, max_restarts=again, replica_size=shards)
         finally:
             host.close()
     if isinstance(strategy, (LocalUpdateConfig, PushSumConfig)) and strategy.elastic:

@@ -1,6 +1,7 @@
 """What a run needs whose steps go on with the first k replicas: the launcher's host, a member's way in.
 
-Each replica is a world of its own; nothing but the host of the elections ties it to the others.
+Each replica is a world of its own, of one worker or of several that share its model; nothing but the host of
+the elections ties it to the others.
 """
 
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from hardy.config import UserError
+from hardy.distributed.comm import Alone, Communicator
 from hardy.distributed.robust.config import CombinedConfig
 from hardy.distributed.robust.control import ElectionHost, RunKey, StoreWire
 from hardy.distributed.robust.election import rules_of
@@ -15,7 +17,7 @@ from hardy.distributed.robust.election_log import ElectionLog, read_log
 from hardy.distributed.robust.fastest import FastestGroup
 from hardy.distributed.robust.fastest_config import FastestConfig
 from hardy.train.config import TrainConfig
-from hardy.train.membership import fingerprint
+from hardy.train.membership import check_alike, fingerprint
 from hardy.train.plan import World
 
 LOG = "elections.jsonl"
@@ -45,7 +47,7 @@ def election_host(config: TrainConfig, run_dir: Path, *, replicas: int) -> Elect
 
 
 def way_in(
-    config: TrainConfig, world: World, run_dir: Path, held: ExitStack
+    config: TrainConfig, world: World, run_dir: Path, held: ExitStack, *, inner: Communicator | None = None
 ) -> Callable[[int], FastestGroup] | None:
     """Return what brings this replica to the others, given the steps its weights have done.
 
@@ -54,6 +56,7 @@ def way_in(
         world: who this process is.
         run_dir: its folder.
         held: closes the group.
+        inner: the workers of this replica; none means this one alone.
 
     Raises:
         UserError: nobody holds elections.
@@ -66,11 +69,20 @@ def way_in(
             f"strategy.fastest.k={fastest.k} needs replicas that `hardy train --workers N` starts, which "
             f"holds the elections; start it so, or leave out strategy.fastest"
         )
-    address, key = world.store, _key(config, fastest, run_dir)
+    address, key, inner = world.store, _key(config, fastest, run_dir), inner or Alone()
 
     def enter(step: int) -> FastestGroup:
-        wire = StoreWire(address, world.rank, key, silence_s=fastest.silence_s, timeout_s=fastest.timeout_s)
-        return held.enter_context(closing(FastestGroup(wire, replicas=world.size, step=step)))
+        check_alike(config, inner)  # the coordinator hears of the first worker only
+        wire = StoreWire(
+            address,
+            world.replica,
+            key,
+            shard=inner.rank,
+            silence_s=fastest.silence_s,
+            timeout_s=fastest.timeout_s,
+        )
+        group = FastestGroup(wire, replicas=world.replicas, step=step, inner=inner)
+        return held.enter_context(closing(group))
 
     return enter
 

@@ -32,6 +32,8 @@ from hardy.train.folder import RunFolder, versions
 from hardy.train.manifest import Checkpoint
 from hardy.train.plan import World
 
+_ENDLESS_S = 365 * 86400.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -97,6 +99,8 @@ def join_replica(
 
     They wait for each other twice as long as for other replicas: while one of them waits for a replica that
     has fallen silent in the middle of a round, the others wait for it, and must not give up before it does.
+    With elections they wait without end, as their first worker does for the gradients of other replicas; one
+    that has ended is noticed at once.
 
     Args:
         config: the configuration of the run.
@@ -108,7 +112,7 @@ def join_replica(
         WorkerLostError: the others did not come in time.
     """
     strategy = config.strategy
-    if world.replica_size == 1 or not isinstance(strategy, LocalUpdateConfig):
+    if world.replica_size == 1:
         return Alone()
     assert world.address is not None, "the launcher says where they meet"
     join_world(
@@ -119,7 +123,8 @@ def join_replica(
         timeout_s=Patience.start_s,
     )
     held.callback(leave_world)
-    return TorchComm(timeout_s=2 * strategy.timeout_s).divide([range(world.replica_size)], link="inner")
+    timeout_s = 2 * strategy.timeout_s if isinstance(strategy, LocalUpdateConfig) else _ENDLESS_S
+    return TorchComm(timeout_s=timeout_s).divide([range(world.replica_size)], link="inner")
 
 
 def has_come_late(strategy: Strategy) -> bool:

@@ -108,9 +108,9 @@ def _run(
     with denormals_flushed(), ExitStack() as held:
         inner = join_replica(config, world, held, device_type=device_type)
         membership = membership_of(config, world, held, inner=inner)
-        elect = way_in(config, world, folder.path, held)
+        elect = way_in(config, world, folder.path, held, inner=inner)
         if elect is not None:
-            membership = Membership(replica=world.rank, replicas=world.size, elect=elect)
+            membership = Membership(replica=world.replica, replicas=world.replicas, elect=elect)
         if world.size == 1 or membership:
             train = partial(_train, config, folder, around, inner, hardware=hardware)
             return train(is_resumed=is_resumed, membership=membership)

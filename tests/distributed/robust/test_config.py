@@ -4,7 +4,6 @@ import pytest
 
 from hardy.config import ConfigError, from_dict, to_dict
 from hardy.distributed.config import StrategyConfig
-from hardy.distributed.mesh_config import MeshConfig
 from hardy.distributed.robust.config import AttackConfig, DStarConfig, RobustConfig, TrustedConfig
 from hardy.distributed.robust.fastest_config import FastestConfig
 
@@ -38,10 +37,6 @@ def test_dstar_goes_by_what_workers_report():
         (
             {"worker": "rank", "fastest": FastestConfig(k=3)},
             "strategy.fastest needs strategy.worker='replica'",
-        ),
-        (
-            {"mesh": MeshConfig(shards=2), "fastest": FastestConfig(k=3)},
-            "strategy.mesh.shards=2; set it to 1",
         ),
         ({"worker_momentum": 1.0}, "strategy.worker_momentum must be .*below 1"),
         ({"history": 0.9}, "strategy.history=0.9 needs a strategy.rule .*'trimmed_mean' does not"),

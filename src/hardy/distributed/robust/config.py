@@ -158,11 +158,6 @@ class CombinedConfig(Config):
                 "strategy.fastest needs strategy.worker='replica': ranks that share a model cannot go on "
                 "without one of them"
             )
-        if self.mesh.shards > 1:
-            raise ConfigError(
-                f"strategy.fastest needs replicas of one worker in this version, but strategy.mesh.shards="
-                f"{self.mesh.shards}; set it to 1"
-            )
         if self.rule in ("centered_clip", "kardam") or self.history:
             setting = f"history={self.history:g}" if self.history else f"rule={self.rule!r}"
             raise ConfigError(

@@ -46,11 +46,11 @@ class ElectedComm:
         """Return the sum of `x`, added in rank order."""
         check_sum(x)
         if x.nbytes <= SMALL_BYTES:
-            return _add_up(self.all_gather(x))
+            return add_up(self.all_gather(x))
         flat = copy_of(x).reshape(-1)
         each = -(-flat.numel() // self.size)
         rows = torch.cat([flat, flat.new_zeros(each * self.size - flat.numel())]).view(self.size, each)
-        slices = self.all_gather(_add_up(self.all_to_all(rows)))
+        slices = self.all_gather(add_up(self.all_to_all(rows)))
         return slices.view(-1)[: flat.numel()].reshape(x.shape)
 
     def mean(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class ElectedComm:
         return self._first_tag + self._calls % _TAGS_OF_A_MEETING
 
 
-def _add_up(rows: Tensor) -> Tensor:
+def add_up(rows: Tensor) -> Tensor:
     """Add one row after the other, so that the order of additions is the same on every machine."""
     total = rows[0].clone()
     for row in rows[1:].unbind():

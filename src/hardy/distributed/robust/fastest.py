@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from hardy.clock import Clock
-from hardy.distributed.comm import Alone, Communicator, PeerLostError, WorkerLostError
+from hardy.distributed.comm import Alone, Communicator, WorkerLostError
 from hardy.distributed.groups import ExcludedError
 from hardy.distributed.robust.admission import NO_STATE
 from hardy.distributed.robust.election import Announcement
+from hardy.distributed.robust.inside import Inside, whom_lost
 from hardy.distributed.robust.messages import announcement_of, report_of
 from hardy.distributed.robust.records import REASONS, TOKEN_BYTES, Kind, Reason, Record, Seal
 
@@ -86,6 +87,8 @@ class Decision:
     """What each of the elected announced."""
     comm: Communicator | None = None
     """The elected, ranks in the order of `elected`."""
+    inner: Communicator = field(default_factory=Alone)
+    """The workers of this replica; where one of them loses one of the elected, the others are told here."""
     must_serve: bool = False
     """Whether somebody waits for this replica's present state; call `serve`, then announce again."""
 
@@ -176,7 +179,7 @@ class FastestGroup:
         Args:
             error: what `Decision.comm` raised; none when the result is there.
         """
-        lost = self._agree(error)
+        lost = whom_lost(self._inner, error)
         if lost is not None:
             self._wire.drop(*self._elected)
         self._answer(lost)
@@ -259,7 +262,7 @@ class FastestGroup:
             except WorkerLostError as lost:
                 logger.warning("could not take the state of replica %d: %s", take.peer, lost)
                 error = lost
-            if self._agree(error) is None:
+            if whom_lost(self._inner, error) is None:
                 self.step = self._at = take.step
                 self._announced = None
                 return take.step, came
@@ -303,12 +306,19 @@ class FastestGroup:
             comm = self._wire.comm(self._elected, meeting=head.attempt)
         except WorkerLostError as lost:
             error = lost
-        lost_peer = self._agree(error)
+        lost_peer = whom_lost(self._inner, error)
         if lost_peer is not None:
             self._wire.drop(*self._elected)
             self._answer(lost_peer)
             return None
-        return Decision(step=step, elected=tuple(records), is_elected=True, records=records, comm=comm)
+        return Decision(
+            step=step,
+            elected=tuple(records),
+            is_elected=True,
+            records=records,
+            comm=comm,
+            inner=self._inner if self._inner.size == 1 else Inside(self._inner),
+        )
 
     def _answer(self, lost: int | None) -> None:
         kind = Kind.DONE if lost is None else Kind.FAILED
@@ -318,13 +328,6 @@ class FastestGroup:
         """Connect with the one that hands or takes a state."""
         members = {self.replica: about.generation, about.peer: about.peer_generation}
         return self._wire.comm(members, meeting=about.attempt)
-
-    def _agree(self, error: WorkerLostError | None) -> int | None:
-        """Return whom the workers of this replica lost, -1 for one unknown; None where none failed."""
-        lost = -2 if error is None else error.peer if isinstance(error, PeerLostError) else -1
-        if self._inner.size > 1:
-            lost = int(self._inner.all_gather(torch.tensor(lost)).max())
-        return None if lost == -2 else lost
 
     def _say(self, record: Record) -> None:
         if self._inner.rank == 0:

@@ -156,7 +156,7 @@ class FastestRobust(Strategy):
         exchange = Exchange(
             self._combine,
             like=self._sender.like,
-            inner=self._inner,
+            inner=decision.inner,
             outer=decision.comm,
             form=self._form,
             workers=decision.elected,
