@@ -171,7 +171,7 @@ def test_steps_never_grow_by_more_than_gamma(cls, limiter):
 
 @pytest.mark.parametrize("cls", [APOLLO, APOLLOMini])
 def test_a_gradient_that_is_almost_zero_at_first_slows_no_later_step(cls):
-    """As behind output projections that begin at zero; a larger eps would shorten the steps to come as well."""
+    """As behind output projections that begin at zero; a larger eps would shorten all steps to come."""
     grads = gradients((20, 12), 12)
     small = [1e-8 * grads[0], *grads[1:]]
     lengths = []
