@@ -111,7 +111,7 @@ def test_the_learning_rate_reaches_every_group_also_as_a_tensor():
 
 OWN = {
     AdaptiveAdamW: (AdaptiveAdamWConfig(lr=0.02, eps=1e-7, beta2=0.98), {"eps": 1e-7, "betas": (0.9, 0.98)}),
-    APOLLO: (APOLLOConfig(lr=0.02, rank=2, limiter="off"), {"rank": 2, "limiter": "off", "eps": 1e-6}),
+    APOLLO: (APOLLOConfig(lr=0.02, rank=2, limiter="off"), {"rank": 2, "limiter": "off", "eps": 1e-12}),
     APOLLOMini: (APOLLOMiniConfig(lr=0.02, scale=3.0), {"rank": 1, "scale": 3.0, "scale_type": "tensor"}),
     SMMF: (SMMFConfig(lr=0.02, beta1=0.5, max_update=4.0), {"beta1": 0.5, "max_update": 4.0}),
 }

@@ -30,7 +30,7 @@ DEFAULTS = {
         "kind": "apollo",
         "lr": 1e-3,
         "betas": (0.9, 0.999),
-        "eps": 1e-6,
+        "eps": 1e-12,  # 1e-6 there: log.md, "A norm that is almost zero"
         "weight_decay": 0.0,
         "rank": 256,
         "scale_type": "channel",
@@ -44,7 +44,7 @@ DEFAULTS = {
         "share_projection": False,
         "side": "auto",
     },
-    APOLLOMini: {"kind": "apollo", "rank": 1, "scale_type": "tensor", "scale": math.sqrt(128), "eps": 1e-6},
+    APOLLOMini: {"kind": "apollo", "rank": 1, "scale_type": "tensor", "scale": math.sqrt(128), "eps": 1e-12},
     SMMF: {
         "kind": "smmf",
         "lr": 1e-3,
