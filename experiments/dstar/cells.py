@@ -89,12 +89,15 @@ class Cell:
     exponential: bool = False
     """Whether the first k of exponential times count; else all workers that attack, and some drawn others."""
     seed: int = 0
+    draw: int = 0
+    """Another number draws other batches and other arrivals, with the same data, split and weights."""
     steps: int = 300
 
     @property
     def label(self) -> str:
         """What it is called where progress is shown."""
-        return f"{self.rule}, {self.attack}, {self.data}, {self.split}, seed {self.seed}"
+        drawn = f", draw {self.draw}" if self.draw else ""
+        return f"{self.rule}, {self.attack}, {self.data}, {self.split}, seed {self.seed}{drawn}"
 
 
 class Training:
@@ -105,7 +108,7 @@ class Training:
         self.data = DATA[cell.data](cell.seed)
         self.owners = SPLITS[cell.split](self.data, cell.seed)
         self.theta = initial_weights(cell.seed)
-        self.draws = generator_for(cell.seed, "batches")
+        self.draws = generator_for(cell.seed, "batches", *([cell.draw] if cell.draw else []))
         self.num_faulty = 0 if cell.attack == "none" else cell.num_faulty
         self.momentum = torch.zeros(NUM_WORKERS, len(self.theta))
         self.attack = None

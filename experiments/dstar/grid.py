@@ -31,7 +31,9 @@ FLOORS = ("iid", "non-iid", "momentum iid", "momentum non-iid", "near half")
 """Tables in which dSTAR's default is run with all seeds."""
 MUST_FAIL = ("mean", "median", "multi-Krum")
 """Rules that must fall where the other program's fell."""
-SOUND, BROKEN, AGREED, EFFECT = 0.85, 0.5, 0.02, 0.05
+BROKEN, AGREED, EFFECT = 0.5, 0.02, 0.05
+DRAWS = 10
+"""Trainings of a broken cell for each of the first seeds: what batches come moves such cells most."""
 
 
 class Grid:
@@ -58,6 +60,7 @@ class Grid:
             "digits": self._table("digits", attacks, DIGITS_RULES, data="digits"),
             "others": self._table("others", ("none", *OTHERS), OTHER_RULES),
             "others non-iid": self._table("others", ("none", *MILD), OTHER_RULES, split="non-iid"),
+            "broken": self._broken(),
             "near half": {},
             "trusted": {},
             "stragglers": {},
@@ -73,6 +76,20 @@ class Grid:
             rows = self._table("stragglers", ("none",), ("mean", DEFAULT), num_received=k, exponential=True)
             tables["stragglers"] |= {f"k={k}": rows["none"]}
         return tables
+
+    def _broken(self):
+        """Return the cells that the other program found broken, its two seeds alike, with many draws each."""
+        rows = {}
+        for (table, attack, rule), pair in self.expected.items():
+            if not agree(pair) or max(pair) > BROKEN or self.smoke:
+                continue
+            split, momentum = table.removeprefix("momentum "), 0.9 * table.startswith("momentum ")
+            rows.setdefault(f"{table}, {attack}", {})[rule] = [
+                self.cell(rule=rule, attack=attack, seed=seed, draw=draw, split=split, momentum=momentum)
+                for seed in SEEDS[:FEW]
+                for draw in range(DRAWS)
+            ]
+        return rows
 
     def _table(self, name, attacks, rules, **changes):
         return {
@@ -137,11 +154,11 @@ def numbers(found):
         if attack in found.get(table, {})
     ]
     off = [
-        (min(pair), abs(statistics.fmean(got[:FEW]) - statistics.fmean(pair)))
+        abs(statistics.fmean(got[:FEW]) - statistics.fmean(pair))
         for _, pair, got in compared
-        if agree(pair)
+        if agree(pair) and max(pair) > BROKEN
     ]
-    broken = [
+    fallen = [
         statistics.fmean(got) for rule, pair, got in compared if rule in MUST_FAIL and max(pair) <= BROKEN
     ]
     trusted = mean(found["trusted"]["gaussian"][TRUSTED_ALONE])
@@ -155,12 +172,12 @@ def numbers(found):
         ),
         "over_trusted_iid": default["iid"] - trusted,
         "over_trusted_non_iid": default["non-iid"] - trusted,
-        "sound_off": max((gap for lowest, gap in off if lowest >= SOUND), default=0.0),
-        "all_off": max((gap for _, gap in off), default=0.0),
+        "sound_off": max(off, default=0.0),
+        "broken_off": max((outside((had,), got) for _, _, had, got in broken(found)), default=0.0),
         "differing_off": max(
             (outside(pair, got) for _, pair, got in compared if not agree(pair)), default=0.0
         ),
-        "broken_most": max(broken, default=1.0),
+        "broken_most": max(fallen, default=1.0),
         "informed_current": mean(found["iid"]["edge"]["dSTAR none+current"]),
         "attacks_without_effect": float(len(without_effect(found))),
         "momentum_median": mean(found["momentum iid"]["edge"]["median"]),
@@ -174,6 +191,16 @@ def numbers(found):
             for result in results
         ),
     }
+
+
+def broken(found):
+    """Yield row, rule, the other program's accuracy and ours of each draw, for each seed of a broken cell."""
+    expected = {(f"{table}, {attack}", rule): pair for table, attack, rule, pair in expected_values()}
+    for row, columns in found["broken"].items():
+        for rule, results in columns.items():
+            got = [result["accuracy"] for result in results]
+            for place, had in enumerate(expected[row, rule]):
+                yield row, rule, had, got[place * DRAWS : (place + 1) * DRAWS]
 
 
 def outside(pair, got):

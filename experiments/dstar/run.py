@@ -24,15 +24,15 @@ def measure(trials, is_smoke):
 
 
 def of_seed(measured, place):
-    """Return the tables of one seed; what has one seed only stays."""
+    """Return the tables of one seed; what has one seed only stays, and so do the many draws."""
 
-    def one(results):
-        return results[place : place + 1] or results[-1:]
+    def one(name, results):
+        return results if name == "broken" else results[place : place + 1] or results[-1:]
 
     return {
         "tables": {
             name: {
-                row: {rule: one(results) for rule, results in columns.items()}
+                row: {rule: one(name, results) for rule, results in columns.items()}
                 for row, columns in rows.items()
             }
             for name, rows in measured["tables"].items()

@@ -1,7 +1,7 @@
 """The tables of the page, in Markdown."""
 
 from cells import TRUSTED_ALONE
-from grid import COLUMNS, DEFAULT, FEW, expected_values, mean, waiting_law, without_effect
+from grid import COLUMNS, DEFAULT, DRAWS, FEW, broken, expected_values, mean, waiting_law, without_effect
 
 TITLES = {
     "iid": "IID, f = 8, k = 20 (expected in brackets)",
@@ -61,6 +61,18 @@ def accepted_table(table):
     return "\n".join(lines)
 
 
+def broken_table(found):
+    """Return how much a broken cell depends on which batches come."""
+    lines = [
+        f"| broken cells, {DRAWS} draws of batches | seed | expected | mean | least | most |",
+        "|---|---|---|---|---|---|",
+    ]
+    for count, (row, rule, had, got) in enumerate(broken(found)):
+        cells = [short(value) for value in (had, sum(got) / len(got), min(got), max(got))]
+        lines.append(f"| {row}: {rule} | {count % FEW} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def waiting_table(table):
     """Return how long steps take, and what is reached."""
     lines = [
@@ -86,7 +98,7 @@ def tables(results):
         f"(expected .91 .87); digits {text_of(alone['digits'])}.",
     ]
     parts += [accuracy_table(name, found[name]) for name in TITLES]
-    parts += [accepted_table(found["iid"]), waiting_table(found["stragglers"])]
+    parts += [broken_table(found), accepted_table(found["iid"]), waiting_table(found["stragglers"])]
     harmless = without_effect(found)
     parts.append(f"Attacks without effect: {', '.join(harmless) or 'none'}.")
     return "\n\n".join(parts)

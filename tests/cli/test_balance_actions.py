@@ -6,6 +6,7 @@ import pytest
 
 from hardy.balance.cost import analytic_cost
 from hardy.cli.balance import model_sizes
+from hardy.cli.balance_actions import GROUPED
 from hardy.cli.main import main
 
 SMALL = ["--batches", "3", "--sequences", "40", "--context", "8192", "--ranks", "4"]
@@ -89,7 +90,7 @@ def test_simulate_leaves_out_what_does_not_fit(capsys):
     rows = told(
         capsys, "simulate", "--batches", "3", "--sequences", "40", "--ranks", "4", "--cap-tokens", "1024"
     )
-    assert [row["method"] for row in rows["methods"]] == ["static_cp", "batch_cp", "dynamic_cp"]
+    assert [row["method"] for row in rows["methods"]] == [*GROUPED]
 
 
 def test_simulate_replicas(capsys):
@@ -144,7 +145,7 @@ def test_what_needs_no_groups_goes_without(capsys, alone):
     for action in ("simulate", "analyze"):
         found = told(capsys, action, *SMALL, "--cost", alone)
         assert "dispatch" in {row["method"] for row in found["methods"]}
-        assert not {"static_cp", "batch_cp", "dynamic_cp"} & {row["method"] for row in found["methods"]}
+        assert not {*GROUPED} & {row["method"] for row in found["methods"]}
         note = "has no costs of groups: ways of planning that form groups are left out"
         assert note in said(capsys, action, *SMALL, "--cost", alone)
         assert note not in said(capsys, action, *SMALL)

@@ -118,6 +118,7 @@ def test_the_hash_follows_settings_scripts_and_what_they_import(toys):
     assert now() in seen, "nobody imports it"
     for path, text in [
         (toys / "alpha" / "expected.toml", "[a]\nclaim = 'b'\nmost = 3\n"),
+        (toys / "alpha" / "lengths.txt", "1 2 3\n"),
         (toys / "alpha" / "more.py", "from shared import x\n"),
         (toys / "shared.py", "import deeper  # changed\n"),
         (toys / "deeper.py", "A = 2\n"),

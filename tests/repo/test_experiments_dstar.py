@@ -56,3 +56,27 @@ def test_cells_have_the_seeds_that_their_comparison_asks_for(dstar):
     assert grid.outside((0.8, 0.6), [0.1, 0.65]) == pytest.approx(0.05)
     assert grid.outside((0.8, 0.6), [0.1, 0.9]) == 0
     assert math.isnan(grid.outside((0.8, 0.6), [0.7]))
+
+
+def test_broken_cells_are_trained_many_times_and_compared_seed_by_seed(dstar):
+    grid = dstar("grid")
+    rows = grid.Grid(smoke=False).tables()["broken"]
+    cells = [cell for columns in rows.values() for cell in columns.get("multi-Krum", [])]
+    assert [cell.split for cell in cells[:: 2 * grid.DRAWS]] == ["iid", "non-iid", "non-iid"]
+    assert [cell.momentum for cell in cells[:: 2 * grid.DRAWS]] == [0, 0, 0.9]
+    assert cells[0] in grid.Grid(smoke=False).tables()["iid"]["edge"]["multi-Krum"]  # draw 0 is the table's
+    assert len({(cell.seed, cell.draw) for cell in cells[: 2 * grid.DRAWS]}) == 2 * grid.DRAWS
+    found = [{"accuracy": 0.2 + 0.01 * draw + 0.5 * cell} for cell in (0, 1) for draw in range(grid.DRAWS)]
+    told = list(grid.broken({"broken": {"non-iid, edge": {"multi-Krum": found}}}))
+    assert [(row, rule, had, len(got), min(got)) for row, rule, had, got in told] == [
+        ("non-iid, edge", "multi-Krum", 0.24, grid.DRAWS, 0.2),
+        ("non-iid, edge", "multi-Krum", 0.23, grid.DRAWS, 0.7),
+    ]
+    assert [grid.outside((had,), got) for _, _, had, got in told] == pytest.approx([0, 0.47])
+
+
+def test_another_draw_changes_batches_alone(dstar):
+    cells = dstar("cells")
+    first, other = (cells.Training(cells.Cell(rule="mean", draw=draw)) for draw in (0, 1))
+    assert (first.theta == other.theta).all() and (first.owners == other.owners).all()
+    assert not torch.equal(first._gradients()[0], other._gradients()[0])

@@ -8,6 +8,7 @@ import numpy as np
 
 from hardy.balance.baselines import RULES, baseline, best_equal_groups, equal_groups
 from hardy.balance.bounds import Bound
+from hardy.balance.buckets import bucketed_groups
 from hardy.balance.cost import Integers, LengthCostModel
 from hardy.balance.plan import Objective, Plan, Scheme, Slot
 from hardy.balance.planner import finished, plan, sort_lengths
@@ -124,7 +125,14 @@ def layout_text(made: Plan) -> str:
     return "; ".join(strategy_text(tuple(batch.group.scheme for batch in slot)) for slot in made.slots)
 
 
-RANK_METHODS: tuple[str, ...] = (*RULES, "static_cp", "batch_cp", "dispatch", "dynamic_cp")
+RANK_METHODS: tuple[str, ...] = (
+    *RULES,
+    "static_cp",
+    "batch_cp",
+    "bucketed_cp",
+    "dispatch",
+    "dynamic_cp",
+)
 """What is compared where groups are context parallel."""
 
 
@@ -168,6 +176,10 @@ def rank_methods(
             return lambda batch: _told(equal_groups(batch, world_size=world_size, cost=cost, degree=most))
         if name == "batch_cp":
             return lambda batch: _told(best_equal_groups(batch, world_size=world_size, cost=cost))
+        if name == "bucketed_cp":
+            return lambda batch: _told(
+                bucketed_groups(batch, world_size=world_size, cost=cost, objective=objective)
+            )
         if name == "dispatch":
             return lambda batch: _told(
                 plan(

@@ -85,7 +85,8 @@ def balance_help() -> str:
             "costs: hydraulis-7b, -13b, -32b, -7b-a100; flexsp-6.7b-192k, -384k, -13b-..., -30b-...",
             "(published coefficients); a file of `profile`; or a model (1m ... 13b), by its operations",
             "methods: random, token_ffd, token_ffd_shuffled, best_fit, karmarkar_karp, longest_first,",
-            "static_cp, batch_cp, dispatch, dynamic_cp; hydraulis costs: fixed, balanced, dynamic, bucketed",
+            "static_cp, batch_cp, bucketed_cp, dispatch, dynamic_cp;",
+            "hydraulis costs: fixed, balanced, dynamic, bucketed",
         ]
     )
 

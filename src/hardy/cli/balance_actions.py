@@ -29,7 +29,7 @@ from hardy.optim.table_text import aligned
 
 SAMPLED = 12
 """Batches on which strategies are selected."""
-GROUPED = ("static_cp", "batch_cp", "dynamic_cp")
+GROUPED = ("static_cp", "batch_cp", "bucketed_cp", "dynamic_cp")
 """Methods whose groups have several ranks."""
 Said = tuple[dict[str, Any], list[str]]
 """The same for machines and for readers."""

@@ -295,8 +295,8 @@ def finite(value: Any) -> Any:
 
 
 def settings_files(folder: Path) -> list[Path]:
-    """Return what decides an experiment's numbers: its TOML and Python files, and shared ones it imports."""
-    found = sorted([*folder.glob("*.py"), *folder.glob("*.toml")])
+    """Return what decides an experiment's numbers: its scripts, TOML, text, and shared scripts it imports."""
+    found = sorted(path for ending in ("py", "toml", "txt") for path in folder.glob(f"*.{ending}"))
     for path in found:  # grows on the way
         if path.suffix == ".py":
             shared = (folder.parent / f"{name}.py" for name in sorted(_imported(path)))
