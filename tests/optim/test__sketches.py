@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hardy.optim import _sketches
 from hardy.optim._geometry import geometry_of
@@ -49,6 +50,73 @@ def test_only_what_is_too_large_and_all_here_is_cut():
     small = geometry_of(shard_of(torch.empty(4096, 4096, device="meta"), "query"), group, "query")
     assert (_sketches.is_banded(large), _sketches.is_banded(small)) == (True, False)
     assert _sketches.sketch_bytes(large) == 4 * 257 * 128_000
+
+
+def step_of(count, **settings):
+    """Return an optimizer of matrices alike, and a call that takes a step with new gradients."""
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        (f"w{i}", nn.Parameter(torch.randn(40, 24, generator=generator), requires_grad=True))
+        for i in range(count)
+    ]
+    optimizer = APOLLO(params, lr=0.01, rank=24, **settings)
+
+    def step(scale=1.0):
+        for _, param in params:
+            param.grad = scale * torch.randn(param.shape, generator=generator)
+        params[2][1].grad.zero_()
+        optimizer.step()
+        return [param.detach().clone() for _, param in params]
+
+    return optimizer, step
+
+
+@pytest.mark.parametrize("settings", [{}, {"scale_type": "tensor", "zero_grad": "decay"}, {"proj": "svd"}])
+def test_sketches_by_parts_are_the_same_bits(monkeypatch, settings):
+    (_, whole), (_, cut) = step_of(7, **settings), step_of(7, **settings)
+    each = 4 * 25 * 40
+    for most in (1, 3, 7):
+        monkeypatch.setattr(_sketches, "TEMPORARY_BYTES", most * each)
+        found = cut()
+        monkeypatch.undo()
+        assert all(map(torch.equal, found, whole()))
+
+
+def test_parts_cover_members_once_and_keep_within_the_limit(monkeypatch):
+    optimizer, _ = step_of(7)
+    for param in optimizer.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param)
+    (bundle,) = optimizer._bundles(optimizer._all_members())
+    geometry = geometry_of(bundle.members[0].shard, bundle.group, "w")
+    assert list(_sketches._parts(bundle, geometry)) == [range(7)]
+    monkeypatch.setattr(_sketches, "TEMPORARY_BYTES", 3 * 4 * 25 * 40 + 1)
+    assert list(_sketches._parts(bundle, geometry)) == [range(3), range(3, 6), range(6, 7)]
+    monkeypatch.setattr(_sketches, "TEMPORARY_BYTES", 10)
+    assert list(_sketches._parts(bundle, geometry)) == [range(i, i + 1) for i in range(7)]
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations of torch that compute."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and not str(func).startswith(("aten.new_empty", "aten.detach"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_further_part_takes_few_operations(monkeypatch):
+    """Each is a launch on a GPU, which is what a step of small numbers costs there."""
+    counts = []
+    for most in (12, 6, 1):
+        monkeypatch.setattr(_sketches, "TEMPORARY_BYTES", most * 4 * 25 * 40)
+        _, step = step_of(12)
+        step()
+        with Operations() as seen:
+            step()
+        counts.append(seen.count)
+    assert counts[1] - counts[0] <= 12 and counts[2] - counts[0] <= 11 * 10
+    assert counts[0] <= 110  # 12 gradients drawn and one cleared, and the copies returned, among them
 
 
 def test_bands_cover_each_row_once_and_keep_within_the_limit(monkeypatch):

@@ -134,9 +134,12 @@ def test_temporaries_are_counted():
         param = torch.empty(shard.local_shape, device=device)
         return rule.temporary_bytes(Member("w", param, group, rule, shard, 0, 0, {}, ()))
 
-    assert counted(Shard((12, 5), (0, 0), (12, 5))) == 4 * 4 * 12
-    assert counted(Shard((12, 5), (0, 0), (12, 5)), "meta") == 4 * 4 * 12 + 2 * 3 * 5  # and the projection
-    assert counted(Shard((5, 12), (0, 0), (3, 12), (rows,))) == 2 * 4 * 4 * 12  # once more for what is sent
+    # Nobody else has a part: eight numbers a channel, which may take a quarter of what sketches may.
+    assert counted(Shard((12, 5), (0, 0), (12, 5))) == 4 * 8 * 4 * 12
+    assert counted(Shard((12, 5), (0, 0), (6, 5), (rows,))) == 4 * 4 * 6
+    wide = Shard((5, 12), (0, 0), (3, 12), (rows,))
+    assert counted(wide) == 2 * 4 * 4 * 12  # once more for what is sent
+    assert counted(wide, "meta") == 2 * 4 * 4 * 12 + 2 * 3 * 3  # and the projection
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64)], ids=["tall", "wide"])

@@ -42,6 +42,11 @@ class Geometry:
     """Contracted length of the local matrices on the worker that has most, over the stack."""
 
     @property
+    def is_alone(self) -> bool:
+        """Whether no other worker has a part of the matrices; whole experts may be elsewhere."""
+        return self.scattered is None and not self.summed and not self.channel_splits
+
+    @property
     def local_contracted(self) -> int:
         """Local length of the contracted axis."""
         return self.cols if self.contracts == "cols" else self.rows

@@ -30,34 +30,35 @@ class Bases:
     """The tensors that all of them lie in."""
 
 
-def bases_of(bundle: Bundle, geometry: Geometry) -> Bases:
-    """Return what the gradients of a bundle are projected on.
+def bases_of(bundle: Bundle, geometry: Geometry, part: range | None = None) -> Bases:
+    """Return what the gradients of a bundle's members, or of those in `part`, are projected on.
 
     On a CPU, where drawing is slow, random projections are kept for their epoch; elsewhere those of the
     bundle are drawn together, at each step, for bf16 gradients as bf16.
     """
-    group, count = bundle.group, len(bundle.members)
+    group, part = bundle.group, bundle.all if part is None else part
     if group["proj"] == "svd":
-        own = [_own_basis(bundle, index, geometry) for index in range(count)]
-        return Bases(lambda index, level: own[index][level], own)
+        own = {index: _own_basis(bundle, index, geometry) for index in part}
+        return Bases(lambda index, level: own[index][level], [*own.values()])
+    places = [(index, level) for index in part for level in range(geometry.stack)]
     if bundle.device.type == "cpu" or group["share_projection"]:
-        kept = [
-            [_kept_projection(bundle, index, level, geometry) for level in range(geometry.stack)]
-            for index in range(count)
-        ]
-        return Bases(lambda index, level: kept[index][level], [basis for some in kept for basis in some])
+        kept = {place: _kept_projection(bundle, *place, geometry) for place in places}
+        return Bases(lambda index, level: kept[index, level], [*kept.values()])
     low = any(grad is not None and grad.dtype == torch.bfloat16 for grad in bundle.grads)
-    sizes = (count, geometry.stack, geometry.local_contracted, geometry.rank)
+    sizes = (len(part), geometry.stack, geometry.local_contracted, geometry.rank)
     drawn = torch.empty(sizes, dtype=torch.bfloat16 if low else torch.float32, device=bundle.device)
-    places = [(index, level) for index in range(count) for level in range(geometry.stack)]
     bundle.sweep(
         "fill",
         drawn,
-        tasks=lambda: [_draw(drawn[place], _numbers_of(bundle, *place, geometry)) for place in places],
+        tasks=lambda: [
+            _draw(drawn[index - part.start, level], _numbers_of(bundle, index, level, geometry))
+            for index, level in places
+        ],
         epoch=_epoch(group),
+        part=part,
     )
     whole = drawn if low else drawn.to(bundle.dtype)
-    return Bases(lambda index, level: whole[index, level], [whole])
+    return Bases(lambda index, level: whole[index - part.start, level], [whole])
 
 
 def projection_bytes(param: Tensor, geometry: Geometry) -> int:

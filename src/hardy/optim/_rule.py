@@ -88,11 +88,12 @@ class Bundle:
     found_inf: Tensor | None = None
     moved: Tensor | None = None
     """Set by `update`: which parameters had a gradient other than zero, over all workers."""
-    _memory: list[Tensor] | None = None
-    """Parameters, gradients and state of this step, once a sweep has asked."""
-    _addresses: list[int] = field(default_factory=list)
-    _prepared: dict[str, tuple[Any, Prepared]] = field(default_factory=dict)
-    """By sweep; with what it was prepared for."""
+    _memory: dict[range, tuple[list[Tensor], list[int]]] = field(default_factory=dict)
+    """Parameters, gradients and state of some members in this step, and their addresses, once a sweep has
+    asked.
+    """
+    _prepared: dict[tuple[str, range], tuple[Any, Prepared]] = field(default_factory=dict)
+    """By sweep and members; with what it was prepared for."""
 
     def bring(
         self,
@@ -103,12 +104,12 @@ class Bundle:
         found_inf: Tensor | None,
     ) -> None:
         """Take in what a step works on; `members` have their local state already."""
-        self.params, self.grads, self._memory = params, grads, None
+        self.params, self.grads, self._memory = params, grads, {}
         self.grad_scale, self.found_inf = grad_scale, found_inf
 
     def drop(self) -> None:
         """Let the step's tensors go."""
-        self.params, self.grads, self._memory = [], [], None
+        self.params, self.grads, self._memory = [], [], {}
         self.grad_scale = self.found_inf = self.moved = None
         for member in self.members:
             member.local = {}
@@ -118,7 +119,19 @@ class Bundle:
         """Who sweeps."""
         return choose_backend(self.group["backend"], self.device)
 
-    def sweep(self, name: str, *buffers: Tensor, tasks: Callable[[], Sequence[Any]], epoch: int = 0) -> None:
+    @property
+    def all(self) -> range:
+        """The indices of all members."""
+        return range(len(self.members))
+
+    def sweep(
+        self,
+        name: str,
+        *buffers: Tensor,
+        tasks: Callable[[], Sequence[Any]],
+        epoch: int = 0,
+        part: range | None = None,
+    ) -> None:
         """Do a sweep; a back end that can prepare it is told its tasks only once.
 
         Args:
@@ -128,28 +141,36 @@ class Bundle:
             tasks: called where the sweep is new; what it returns is a function of all these, of settings of
                 the group and of `epoch`, and of nothing else that changes from step to step.
             epoch: see `tasks`.
+            part: the members that the tasks are about; none means all.
         """
         backend = preparing(self.backend)
         bound_to = None if backend is None else backend.whereabouts(self.device)
         if backend is None or bound_to is None:
             getattr(self.backend, name)(tasks())
             return
-        if self._memory is None:
-            states = [value for member in self.members for value in member.local.values()]
-            self._memory = [*self.params, *[grad for grad in self.grads if grad is not None], *states]
-            self._addresses = [tensor.data_ptr() for tensor in self._memory]
+        part = self.all if part is None else part
+        memory, addresses = self._memory_of(part)
         settings = [self.group[key] for key in (*self.members[0].rule.defaults, "bf16_update")]
-        held = [(param.dtype, grad is None) for param, grad in zip(self.params, self.grads, strict=True)]
+        held = [(self.params[index].dtype, self.grads[index] is None) for index in part]
         told = (bound_to, epoch, settings, held)
-        addresses = self._addresses + [buffer.data_ptr() for buffer in buffers]
-        kept, sweep = self._prepared.get(name, (None, None))
+        addresses = addresses + [buffer.data_ptr() for buffer in buffers]
+        kept, sweep = self._prepared.get((name, part), (None, None))
         if sweep is None or kept != told or not sweep.move(addresses):
-            sweep = backend.prepare(name, tasks(), [*self._memory, *buffers])
+            sweep = backend.prepare(name, tasks(), [*memory, *buffers])
             if sweep is None:
                 getattr(backend, name)(tasks())
                 return
-            self._prepared[name] = (told, sweep)
+            self._prepared[name, part] = (told, sweep)
         sweep.run()
+
+    def _memory_of(self, part: range) -> tuple[list[Tensor], list[int]]:
+        """Return parameters, gradients and state of some members, and where they lie."""
+        if part not in self._memory:
+            grads = [grad for index in part if (grad := self.grads[index]) is not None]
+            states = [value for index in part for value in self.members[index].local.values()]
+            memory = [*[self.params[index] for index in part], *grads, *states]
+            self._memory[part] = memory, [tensor.data_ptr() for tensor in memory]
+        return self._memory[part]
 
     @property
     def device(self) -> torch.device:

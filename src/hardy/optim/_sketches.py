@@ -1,11 +1,15 @@
 """APOLLO's sketches: made, summed over workers, turned into moments; in bands where one would be too large.
 
-A sketch stays in memory from the first exchange of a step to its moments. Where that is more than a step may
-hold, and nobody else has a part of it, the gradient's norm is taken in a sweep of its own and the sketch is
-made and used band by band: channels of a tall matrix, rows of the projection of a wide one.
+Where nobody else has a part of a matrix, as many matrices as may be held are sketched and turned into moments
+at once, before the first exchange; what is done with numbers of channels is then done once for all of them. A
+sketch of which others have a part stays from the first exchange to its moments. Where one sketch is more than
+a step may hold, and nobody else has a part of it, the gradient's norm is taken in a sweep of its own and the
+sketch is made and used band by band: channels of a tall matrix, rows of the projection of a wide one.
 """
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +17,30 @@ from torch import Tensor
 
 from hardy.ops.updates import MomentTask, SketchTask
 from hardy.optim._geometry import Geometry
-from hardy.optim._projections import bases_of
-from hardy.optim._rule import TEMPORARY_BYTES, Bundle, table
+from hardy.optim._projections import bases_of, projection_bytes
+from hardy.optim._rule import TEMPORARY_BYTES, Bundle, Member, table
 from hardy.optim._sharded import Round, Scatter, Sum
+
+NUMBERS_OF_A_CHANNEL = 8
+"""Floats that a step holds for a channel besides its sketch: squared norms, factors, what these come from."""
+SHARE_OF_NUMBERS = 4
+"""They may take this part of TEMPORARY_BYTES, beside sketches that take all of it."""
+
+
+@dataclass(kw_only=True)
+class Sketched:
+    """What is known of a bundle's channels once the moments of their sketches are updated."""
+
+    squares: Tensor
+    """[n, stack, C]: squared norms of channels of the gradient."""
+    norm: Tensor
+    """[n, stack]: squared norms of whole gradients, over all workers."""
+    active: Tensor
+    """[n, stack]: 1 where a matrix takes part in the step, else 0."""
+    before: Tensor
+    """[n, stack, C]: squared norms of channels of the sketch."""
+    after: Tensor
+    """[n, stack, C]: the same once divided by the root of the second moment."""
 
 
 def matrices_of(tensor: Tensor, geometry: Geometry) -> Tensor:
@@ -24,9 +49,16 @@ def matrices_of(tensor: Tensor, geometry: Geometry) -> Tensor:
 
 
 def sketch_bytes(geometry: Geometry) -> int:
-    """Return what one parameter holds from the first round to its moments; the same on all workers."""
+    """Return what one parameter's sketch takes, with what is sent of it; the same on all workers."""
     copies = 2 if geometry.scattered is not None or geometry.summed else 1
     return 4 * copies * (geometry.rank + 1) * geometry.most_channels
+
+
+def held_bytes(member: Member, geometry: Geometry) -> int:
+    """Return what counts against TEMPORARY_BYTES for a member, from one exchange of a step to the next."""
+    if geometry.is_alone:
+        return 4 * NUMBERS_OF_A_CHANNEL * SHARE_OF_NUMBERS * geometry.most_channels
+    return sketch_bytes(geometry) + projection_bytes(member.param, geometry)
 
 
 def is_banded(geometry: Geometry) -> bool:
@@ -35,46 +67,122 @@ def is_banded(geometry: Geometry) -> bool:
     return not shared and sketch_bytes(geometry) > TEMPORARY_BYTES
 
 
-def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
-    """Sketch all gradients; return sketches of own channels, their squares, and the whole squared norms.
+def sketch_and_update(bundle: Bundle, geometry: Geometry) -> Any:
+    """Sketch all gradients and update the sketches' moments, in one round; return `Sketched`."""
+    if geometry.is_alone:
+        yield Round()
+        return _sketched_alone(bundle, geometry)
+    sketch, squares, norm = yield from _sketch_round(bundle, geometry)
+    squares, norm = _unscaled(bundle, squares), _unscaled(bundle, norm)
+    active = _active(bundle, norm)
+    coefficients = _coefficients(bundle, geometry, norm)
+    coefficients[..., 0] = active
+    before, after = _update_moments(bundle, geometry, bundle.all, sketch, coefficients)
+    return Sketched(squares=squares, norm=norm, active=active, before=before, after=after)
 
-    In bands there is no sketch yet: one column of it is made along with the squares, and None returned.
+
+def _sketched_alone(bundle: Bundle, geometry: Geometry) -> Sketched:
+    """Sketch some members at a time and update their moments at once, which needs nobody else."""
+    parts, squares, before, after = list(_parts(bundle, geometry)), [], [], []
+    norm = torch.empty((len(bundle.members), geometry.stack), dtype=bundle.dtype, device=bundle.device)
+    coefficients = _coefficients(bundle, geometry, norm)
+    for part in parts:
+        chosen = slice(part.start, part.stop)
+        sketch, own = _sketch(bundle, geometry, part)
+        own = _unscaled(bundle, own)
+        torch.sum(own, -1, out=norm[chosen])
+        coefficients[chosen, :, 0] = _active(bundle, norm[chosen])
+        moved = _update_moments(bundle, geometry, part, sketch, coefficients)
+        for found, new in zip((squares, before, after), (own, *moved), strict=True):
+            found.append(new)
+        del sketch
+    whole = [found[0] if len(found) == 1 else torch.cat(found) for found in (squares, before, after)]
+    return Sketched(
+        squares=whole[0], norm=norm, active=coefficients[..., 0].clone(), before=whole[1], after=whole[2]
+    )
+
+
+def _parts(bundle: Bundle, geometry: Geometry) -> Iterator[range]:
+    """Yield members whose sketches and projections may be held together."""
+    each = sketch_bytes(geometry) + projection_bytes(bundle.members[0].param, geometry)
+    most = 1 if is_banded(geometry) else max(1, TEMPORARY_BYTES // each)
+    for begin in range(0, len(bundle.members), most):
+        yield bundle.all[begin : begin + most]
+
+
+def _unscaled(bundle: Bundle, squares: Tensor) -> Tensor:
+    """Return squares of gradients without their scale."""
+    if bundle.grad_scale is None:
+        return squares
+    inverse_scale = bundle.inverse_scale()
+    return squares * inverse_scale * inverse_scale
+
+
+def _active(bundle: Bundle, norm: Tensor) -> Tensor:
+    """Return 1 for matrices that take part in the step: with a gradient that is neither NaN nor infinite."""
+    group = bundle.group
+    moved = norm != 0 if group["zero_grad"] == "skip" else _moves(norm, group["lr"])
+    active = (moved & (norm < math.inf)).to(bundle.dtype)
+    return active if bundle.found_inf is None else active * bundle.allowed()
+
+
+def _moves(norm: Tensor, lr: Any) -> Tensor:
+    """Whether there is a gradient, or a rate at which zero gradients count."""
+    nonzero = lr.to(norm.device) != 0 if isinstance(lr, Tensor) else torch.full_like(norm, float(lr != 0)) > 0
+    return (norm != 0) | nonzero
+
+
+def _coefficients(bundle: Bundle, geometry: Geometry, like: Tensor) -> Tensor:
+    """Return the numbers of `MomentTask` for all members; the first column, who takes part, is still 0."""
+    group = bundle.group
+    inverse = bundle.inverse_scale() / (1.0 if group["proj"] == "svd" else math.sqrt(geometry.rank))
+    return table([0.0, *group["betas"], group["eps"], inverse], like=like)
+
+
+def _sketch(bundle: Bundle, geometry: Geometry, part: range) -> tuple[Tensor, Tensor]:
+    """Return sketches [n, stack, ...] and squared norms of channels [n, stack, C] of some members.
+
+    In bands there is no sketch yet: one column of it is made along with the squares.
     """
-    count, stack = len(bundle.members), geometry.stack
     banded = is_banded(geometry)
     rank = 1 if banded else geometry.rank
-    places = [(index, level) for index in range(count) for level in range(stack)]
     tall, channels = geometry.contracts == "cols", geometry.local_channels
     like = torch.empty((), dtype=bundle.dtype, device=bundle.device)
     # What has no gradient, or no part of one on this worker, is not swept.
-    is_swept = all(grad is not None and grad.numel() > 0 for grad in bundle.grads)
-    make = like.new_empty if is_swept else like.new_zeros
-    sketch = make((count, stack, *((channels, rank) if tall else (rank, channels))))
-    squares = make((count, stack, channels))
-    bases = bases_of(bundle, geometry)
-    parts = {where: bases.of(*where)[:, :rank].contiguous() for where in places} if banded else None
+    held = [(index, grad) for index in part if (grad := bundle.grads[index]) is not None and grad.numel() > 0]
+    make = like.new_empty if len(held) == len(part) else like.new_zeros
+    sketch = make((len(part), geometry.stack, *((channels, rank) if tall else (rank, channels))))
+    squares = make((len(part), geometry.stack, channels))
+    bases = bases_of(bundle, geometry, part)
+    places = [(index, level) for index in part for level in range(geometry.stack)]
+    cut = {where: bases.of(*where)[:, :rank].contiguous() for where in places} if banded else None
 
     def tasks() -> list[SketchTask]:
         return [
             SketchTask(
                 grad=matrices_of(grad, geometry)[level],
-                projection_KR=bases.of(index, level) if parts is None else parts[index, level],
+                projection_KR=bases.of(index, level) if cut is None else cut[index, level],
                 contracts=geometry.contracts,
-                sketch=sketch[index, level],
-                squares=squares[index, level],
+                sketch=sketch[index - part.start, level],
+                squares=squares[index - part.start, level],
             )
-            for index, grad in enumerate(bundle.grads)
-            if grad is not None and grad.numel() > 0
-            for level in range(stack)
+            for index, grad in held
+            for level in range(geometry.stack)
         ]
 
-    memory = bases.memory if parts is None else parts.values()
-    bundle.sweep("sketch", sketch, squares, *memory, tasks=tasks)
-    over = geometry.channel_splits + geometry.summed
-    norms = squares.sum(-1)
-    if over:  # no worker may have a gradient
-        norms = torch.cat([norms, bundle.present().unsqueeze(-1)], dim=-1)
-    wanted = Round(sums=[Sum(norms, over)])
+    memory = bases.memory if cut is None else cut.values()
+    bundle.sweep("sketch", sketch, squares, *memory, tasks=tasks, part=part)
+    return sketch, squares
+
+
+def _sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
+    """Sketch all gradients; return sketches of own channels, their squares, and the whole squared norms."""
+    count, stack, rank = len(bundle.members), geometry.stack, geometry.rank
+    tall, channels = geometry.contracts == "cols", geometry.local_channels
+    sketch, squares = _sketch(bundle, geometry, bundle.all)
+    norms = squares.sum(-1)  # no worker may have a gradient
+    norms = torch.cat([norms, bundle.present().unsqueeze(-1)], dim=-1)
+    wanted = Round(sums=[Sum(norms, geometry.channel_splits + geometry.summed)])
     if geometry.scattered is not None:
         rows = sketch.transpose(-1, -2) if tall else sketch
         scatter = Scatter(
@@ -89,53 +197,59 @@ def sketch_round(bundle: Bundle, geometry: Geometry) -> Any:
     else:
         wanted.sums += [Sum(sketch, geometry.summed), Sum(squares, geometry.summed)]
         yield wanted
-    whole = torch.where(norms[:, -1:] > 0, norms[:, :-1], 0) if over else norms
-    return None if banded else sketch, squares, whole
+    return sketch, squares, torch.where(norms[:, -1:] > 0, norms[:, :-1], 0)
 
 
-def update_moments(
-    bundle: Bundle, geometry: Geometry, sketch: Tensor | None, active: Tensor
-) -> tuple[Tensor, ...]:
-    """Update the sketches' moments; return squared norms of channels before and after, and the new step."""
-    group, tall = bundle.group, geometry.contracts == "cols"
-    inverse = bundle.inverse_scale() / (1.0 if group["proj"] == "svd" else math.sqrt(geometry.rank))
-    coefficients = table([active, *group["betas"], group["eps"], inverse], like=active)
-    step = bundle.stacked("step").view(active.shape)
-    step = step + active.to(step.dtype)
-    if sketch is None:
-        before, after = active.new_zeros(2, *active.shape, geometry.local_channels)
-        _moments_by_band(bundle, geometry, coefficients, before, after)
-        return before, after, step
+def _update_moments(
+    bundle: Bundle, geometry: Geometry, part: range, sketch: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Update the moments of some members' sketches; return squared norms of channels before and after.
+
+    Args:
+        bundle: whose.
+        geometry: of its matrices.
+        part: which members.
+        sketch: theirs, [n, stack, ...]; in bands it is not looked at.
+        coefficients: of all members.
+    """
+    tall = geometry.contracts == "cols"
+    if is_banded(geometry):
+        sizes = (2, len(part), geometry.stack, geometry.local_channels)
+        before, after = coefficients.new_zeros(sizes)
+        _moments_by_band(bundle, geometry, part, coefficients, (before, after))
+        return before, after
     own = sketch.shape[-2] if tall else sketch.shape[-1]
     make = sketch.new_empty if own > 0 else sketch.new_zeros
-    before, after = make((2, *active.shape, own))
+    before, after = make((2, *sketch.shape[:2], own))
 
     def tasks() -> list[MomentTask]:
         return [
             MomentTask(
-                sketch=sketch[index, level],
-                exp_avg=member.local["exp_avg"].view(geometry.stack, *sketch.shape[2:])[level],
-                exp_avg_sq=member.local["exp_avg_sq"].view(geometry.stack, *sketch.shape[2:])[level],
+                sketch=sketch[index - part.start, level],
+                exp_avg=local["exp_avg"].view(geometry.stack, *sketch.shape[2:])[level],
+                exp_avg_sq=local["exp_avg_sq"].view(geometry.stack, *sketch.shape[2:])[level],
                 channels="rows" if tall else "cols",
                 coefficients=coefficients[index, level],
-                before=before[index, level],
-                after=after[index, level],
+                before=before[index - part.start, level],
+                after=after[index - part.start, level],
             )
-            for index, member in enumerate(bundle.members)
+            for index in part
+            for local in [bundle.members[index].local]
             for level in range(geometry.stack)
             if own > 0
         ]
 
-    bundle.sweep("moments", sketch, coefficients, before, after, tasks=tasks)
-    return before, after, step
+    bundle.sweep("moments", sketch, coefficients, before, after, tasks=tasks, part=part)
+    return before, after
 
 
 def _moments_by_band(
-    bundle: Bundle, geometry: Geometry, coefficients: Tensor, before: Tensor, after: Tensor
+    bundle: Bundle, geometry: Geometry, part: range, coefficients: Tensor, sums: tuple[Tensor, Tensor]
 ) -> None:
     """Make each sketch band by band and use it at once; add up what the channels were before and after."""
-    bases = bases_of(bundle, geometry)
-    for index, (member, grad) in enumerate(zip(bundle.members, bundle.grads, strict=True)):
+    bases = bases_of(bundle, geometry, part)
+    for index in part:
+        member, grad = bundle.members[index], bundle.grads[index]
         if grad is None or grad.numel() == 0:
             continue
         for level in range(geometry.stack):
@@ -151,7 +265,7 @@ def _moments_by_band(
                     (grad_RC, basis_KR, *(moment[band] for moment in moments)),
                     band,
                     coefficients[index, level],
-                    (before[index, level], after[index, level]),
+                    (sums[0][index - part.start, level], sums[1][index - part.start, level]),
                 )
 
 

@@ -28,10 +28,9 @@ from hardy.ops.lowrank import length_ratio, limit_growth, remember_norm
 from hardy.ops.quantize import requantize_step
 from hardy.ops.updates import Place, Rounding, ScaleTask
 from hardy.optim._geometry import Geometry, geometry_of, is_stack
-from hardy.optim._projections import projection_bytes
 from hardy.optim._rule import Bundle, Group, Member, Rule, StateSpec, require
 from hardy.optim._sharded import Gather, Round, Shard, Sum
-from hardy.optim._sketches import matrices_of, sketch_bytes, sketch_round, update_moments
+from hardy.optim._sketches import held_bytes, matrices_of, sketch_and_update
 from hardy.optim.adaptive import as_swept, check_betas
 from hardy.optim.int8_linear import VirtualWeight
 
@@ -113,24 +112,19 @@ class ApolloRule(Rule):
         return (shard.shape, shard.local_shape)
 
     def temporary_bytes(self, member: Member) -> int:
-        """Hold the local sketch, what is sent of it, and the projection where it is not kept."""
-        geometry = geometry_of(member.shard, member.group, member.name)
-        return sketch_bytes(geometry) + projection_bytes(member.param, geometry)
+        """Hold numbers of channels; and where others have a part of a matrix, the sketch and what is sent."""
+        return held_bytes(member, geometry_of(member.shard, member.group, member.name))
 
     def update(self, bundle: Bundle) -> Iterator[Round]:
         """Take one step: sketch, sum; moments and factors, sum; gather factors, scale the gradient."""
         group, geometry = bundle.group, geometry_of(bundle.members[0].shard, bundle.group, "")
-        sketch, squares, norm = yield from sketch_round(bundle, geometry)
+        found = yield from sketch_and_update(bundle, geometry)
+        squares, norm, active = found.squares, found.norm, found.active
+        before, after = found.before, found.after
+        bundle.moved = norm != 0
+        step = bundle.stacked("step").view(active.shape)
+        step = step + active.to(step.dtype)
         inverse_scale = bundle.inverse_scale()
-        if bundle.grad_scale is not None:
-            norm, squares = (x * inverse_scale * inverse_scale for x in (norm, squares))
-        moved = bundle.moved = norm != 0
-        active = moved if group["zero_grad"] == "skip" else _moves(norm, group["lr"])
-        active = (active & (norm < math.inf)).to(bundle.dtype)  # nor NaN
-        if bundle.found_inf is not None:
-            active = active * bundle.allowed()
-        before, after, step = update_moments(bundle, geometry, sketch, active)
-        del sketch
         alpha = math.sqrt(geometry.contracted / geometry.rank) if group["scale"] == "auto" else group["scale"]
         if group["scale_type"] == "tensor":
             # Where eps is 0, a channel that never had a gradient is 0 / 0.
@@ -192,12 +186,6 @@ def _bias_correction(step: Tensor, group: Group, dtype: torch.dtype) -> Tensor |
     beta1, beta2 = (as_swept(beta, dtype) for beta in group["betas"])
     count = step.double().clamp(min=1)
     return ((1 - beta2**count).sqrt() / (1 - beta1**count)).to(dtype)
-
-
-def _moves(norm: Tensor, lr: Any) -> Tensor:
-    """Whether there is a gradient, or a rate at which zero gradients count."""
-    nonzero = lr.to(norm.device) != 0 if isinstance(lr, Tensor) else torch.full_like(norm, float(lr != 0)) > 0
-    return (norm != 0) | nonzero
 
 
 def _gather_of(factor: Tensor, geometry: Geometry, group: Group) -> Gather | None:
