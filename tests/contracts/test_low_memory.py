@@ -321,7 +321,11 @@ def test_frozen_and_tied_parameters(low_memory):
     low_memory.train(net, optimizer, range(3))
     assert torch.equal(net.experts, before.experts)
     assert net.tied is net.wide and not torch.equal(net.wide, before.wide)
-    assert len(optimizer.state) == 6
+    assert len(optimizer.state) == 5 and net.experts not in optimizer.state  # what is frozen costs nothing
+    net.experts.requires_grad_(True)
+    optimizer.load_state_dict(optimizer.state_dict())  # saved frozen, loaded trained
+    low_memory.train(net, optimizer, range(3, 4))
+    assert not torch.equal(net.experts, before.experts) and len(optimizer.state) == 6
 
 
 def test_empty_groups_are_allowed(low_memory):

@@ -59,6 +59,17 @@ def test_a_group_of_another_kind_has_that_kinds_defaults_and_the_shared_settings
         ),
         (lambda p: APOLLO([{"params": p, "beta1": 0.5}]), "no setting of a 'apollo' group 'beta1'"),
         (lambda p: SMMF(p, lr=-1.0), "lr of a 'smmf' group must be at least 0, got -1.0"),
+        (lambda p: SMMF(p, lr="1e-3"), "lr of a 'smmf' group must be a number or a 0-d tensor, got '1e-3'"),
+        (lambda p: SMMF(p, pack="x"), "pack of a 'smmf' group must be True or False, got 'x'"),
+        (lambda p: SMMF(p, growth_rate=None), "growth_rate of a 'smmf' group must be a number, got None"),
+        (lambda p: APOLLO(p, seed=1.5), "seed of a 'apollo' group must be a whole number, got 1.5"),
+        (lambda p: APOLLO(p, update_proj_gap=1.5), "update_proj_gap .* must be a whole number, got 1.5"),
+        (lambda p: APOLLO(p, rank=True), "rank of a 'apollo' group must be a whole number, got True"),
+        (
+            lambda p: APOLLO(p, scale="atuo"),
+            "scale of a 'apollo' group must be a number, or 'auto', got 'atuo'",
+        ),
+        (lambda p: AdaptiveAdamW(p, betas=0.9), "betas of a 'adamw' group must be two numbers, got 0.9"),
         (lambda p: SMMF(p, lr=torch.ones(2)), "lr of a 'smmf' group must be a number or a 0-d tensor"),
         (lambda p: AdaptiveAdamW(p, weight_decay=-0.1), "weight_decay of a 'adamw' group must be at least 0"),
         (
@@ -210,6 +221,18 @@ def test_state_with_more_or_of_another_kind_is_refused():
     del saved["state"][0]["step"]
     with pytest.raises(ValueError, match="lacks 'step'"):
         SMMF(named).load_state_dict(saved)
+
+
+def test_a_group_added_after_the_last_step_starts_anew_after_a_load():
+    named = weights((6, 4), (4, 6))
+    optimizer = SMMF(named[:1])
+    train(optimizer, named[:1], range(2))
+    optimizer.add_param_group({"params": named[1:]})
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = SMMF(weights((6, 4)))
+    other.add_param_group({"params": weights((4, 6), (4, 6))[1:]})
+    other.load_state_dict(saved)
+    assert [int(state["step"]) for state in other.state.values()] == [2, 0]
 
 
 def test_state_is_made_on_demand_and_once():

@@ -155,6 +155,14 @@ def test_frozen_parameters_get_no_hook():
     model().backward()
     optimizer.step()
     assert torch.equal(model.b.weight, torch.eye(3)) and not torch.equal(model.a.weight, torch.eye(3))
+    model.b.weight.requires_grad_(True)
+    model().backward()
+    with pytest.raises(ValueError, match="added or unfrozen after enable_release.*call enable_release again"):
+        optimizer.step()
+    optimizer.enable_release(model)
+    model().backward()
+    optimizer.step()
+    assert not torch.equal(model.b.weight, torch.eye(3))
 
 
 def test_one_gradient_at_a_time_is_held():

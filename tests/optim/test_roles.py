@@ -121,3 +121,10 @@ def test_frozen_parameters_are_left_out():
 def test_on_any_device(device):
     with torch.device(device):
         assert roles(nn.Linear(3, 2)) == {"weight": "matrix", "bias": "vector"}
+
+
+def test_a_matrix_without_elements_is_a_vector():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.empty(0, 4))
+    roles = {tenant.name: tenant.role for tenant in tenants_of(model)}
+    assert (roles["0.weight"], roles["1.weight"]) == ("matrix", "vector")

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -304,3 +305,39 @@ def require(condition: bool, group: Group, setting: str, allowed: str) -> None:
     """Refuse a group setting that does not meet the condition."""
     if not condition:
         raise ValueError(f"{setting} of a {group['kind']!r} group must be {allowed}, got {group[setting]!r}")
+
+
+def check_settings(group: Group, defaults: Mapping[str, Any]) -> None:
+    """Refuse values of another type than the default's, and shared settings out of range."""
+    for setting, default in defaults.items():
+        allowed = _TYPES.get(setting) or _TYPES.get(type(default))
+        if allowed is not None:
+            require(allowed[0](group[setting]), group, setting, allowed[1])
+    lr = group["lr"]
+    require(isinstance(lr, Tensor) or lr >= 0, group, "lr", "at least 0")
+    require(not isinstance(lr, Tensor) or lr.numel() == 1, group, "lr", "a number or a 0-d tensor")
+    require(group["weight_decay"] >= 0, group, "weight_decay", "at least 0")
+    updates = ("stochastic", "kahan", "nearest")
+    require(group["bf16_update"] in updates, group, "bf16_update", "'stochastic', 'kahan' or 'nearest'")
+    require(group["nonfinite"] in ("propagate", "skip"), group, "nonfinite", "'propagate' or 'skip'")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    "lr": (lambda value: isinstance(value, Tensor) or _is_number(value), "a number or a 0-d tensor"),
+    "scale": (lambda value: value == "auto" or _is_number(value), "a number, or 'auto'"),
+    "beta1": (lambda value: value is None or _is_number(value), "a number, or None"),
+    "max_update": (lambda value: value is None or _is_number(value), "a number, or None"),
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    int: (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    float: (_is_number, "a number"),
+    str: (lambda value: isinstance(value, str), "a word in quotes"),
+    tuple: (
+        lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_number, value)),
+        "two numbers",
+    ),
+}
+"""By setting, or by the type of its default: what a value must be, and how that is said."""

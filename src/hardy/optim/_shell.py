@@ -21,10 +21,10 @@ from hardy.optim._rule import (
     Member,
     Rule,
     StateSpec,
+    check_settings,
     compute_dtype,
     local_shape,
     own_part,
-    require,
 )
 from hardy.optim._sharded import ProcessGroup, Shard, Split, exchange, laid_out, local_part, shard_of
 from hardy.optim.int8_linear import VirtualWeight, check_int8_group
@@ -40,7 +40,8 @@ class RuleOptimizer(Optimizer):
     """A `torch.optim.Optimizer` whose groups choose a rule by `kind`; see `optimizers.py` for those to use.
 
     Right for plain and sharded (DTensor) parameters; gradients are only read; the host never waits for the
-    device inside `step`. State is created for all parameters at the first step, or by `materialize_state`.
+    device inside `step`. State is created for all parameters that are trained at the first step, or by
+    `materialize_state`; for one that is unfrozen later, at the next.
 
     A step in which all gradients are zero and the learning rate is 0, as torch's distributed checkpoint takes
     before it loads, creates the state and changes nothing else.
@@ -86,7 +87,7 @@ class RuleOptimizer(Optimizer):
         group = {key: own[key] for key in known} | param_group | {"kind": kind}
         named = self._named(param_group, kind)
         group["params"], group["param_names"] = [param for _, param in named], [name for name, _ in named]
-        _check_shared(group)
+        check_settings(group, {**SHARED_DEFAULTS, **self.rules[kind].defaults})
         self.rules[kind].check(group)
         super().add_param_group(group)
         for key in self.defaults.keys() - known.keys() - _ABOUT_GROUP:
@@ -148,6 +149,7 @@ class RuleOptimizer(Optimizer):
                     "released gradients are gone before step(), so they cannot be scaled or skipped "
                     "together; train without GradScaler and clipping, or call disable_release()"
                 )
+            self._release.check([x.param for x in self._all_members() if x.param.requires_grad])
             if self._release.finish():
                 for group in self.param_groups:
                     group["calls"] += 1
@@ -239,12 +241,11 @@ class RuleOptimizer(Optimizer):
                     local.copy_(work.view(local.shape))
 
     def materialize_state(self) -> bool:
-        """Create the state of all parameters that have none; return whether any had none."""
+        """Create the state of all trained parameters that have none; return whether any had none."""
         fresh = False
         for member in self._all_members():
-            state = self.state[member.param]
-            if not state:
-                fresh = True
+            if _is_trained(member.param) and not self.state.get(member.param):
+                fresh, state = True, self.state[member.param]
                 for key, spec in member.specs.items():
                     shape = local_shape(spec, member.shard)
                     device = local_part(member.param).device
@@ -265,10 +266,11 @@ class RuleOptimizer(Optimizer):
         kept = {number: values for number, values in state_dict["state"].items() if values}
         saved = [i for group in _groups_like(self.param_groups, state_dict) for i in group["params"]]
         # Before the saved settings come in, so that those at hand are held against the saved state; and not
-        # where there is none, for then the parameters may still be stubs.
+        # where there is none, for then the parameters may still be stubs. What was frozen, or added after the
+        # last step, has none and starts anew.
         for member, number in zip(self._all_members() if kept else [], saved, strict=False):
-            if number in kept or member.param.requires_grad:  # torch saves nothing of frozen parameters
-                _check_state(member, kept.get(number, {}))
+            if number in kept:
+                _check_state(member, kept[number])
         release = self._release
         # Torch casts state to the dtype of the parameter; so it is not given any.
         super().load_state_dict({**state_dict, "state": {}})
@@ -333,7 +335,9 @@ class RuleOptimizer(Optimizer):
 
     def _bundles(self, members: Iterable[Member]) -> list[Bundle]:
         """Return parameters that are alike together; the same on all workers."""
-        held = tuple([x for x in members if x.param.grad is not None or x.shard.splits])
+        held = tuple(
+            [x for x in members if x.param.grad is not None or (x.shard.splits and self.state.get(x.param))]
+        )
         kept = self._kept.get(held)
         if kept is not None:
             return kept
@@ -419,18 +423,8 @@ def _like_parameter(shard: Shard, dtype: torch.dtype) -> StateSpec:
     return StateSpec(shape=shard.shape, dtype=dtype, dims={dim: dim for dim in range(len(shard.shape))})
 
 
-def _check_shared(group: Group) -> None:
-    lr = group["lr"]
-    require(isinstance(lr, Tensor) or lr >= 0, group, "lr", "at least 0")
-    require(not isinstance(lr, Tensor) or lr.numel() == 1, group, "lr", "a number or a 0-d tensor")
-    require(group["weight_decay"] >= 0, group, "weight_decay", "at least 0")
-    require(
-        group["bf16_update"] in ("stochastic", "kahan", "nearest"),
-        group,
-        "bf16_update",
-        "'stochastic', 'kahan' or 'nearest'",
-    )
-    require(group["nonfinite"] in ("propagate", "skip"), group, "nonfinite", "'propagate' or 'skip'")
+def _is_trained(param: Tensor) -> bool:
+    return param.requires_grad or param.grad is not None
 
 
 def _check_parameter(param: Tensor, name: str) -> None:

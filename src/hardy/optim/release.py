@@ -92,6 +92,14 @@ class GradientRelease:
             self._fired[param] = 0
             param.grad = None
 
+    def check(self, params: Iterable[Tensor]) -> None:
+        """Refuse parameters that came, or were unfrozen, after the hooks: they would never be updated."""
+        if any(param not in self._unit_of for param in params):
+            raise ValueError(
+                "parameters were added or unfrozen after enable_release, which does not watch them; call "
+                "enable_release again"
+            )
+
     def finish(self) -> bool:
         """Update units that wait for a gradient that never came, or that some backward passes left out.
 

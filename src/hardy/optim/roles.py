@@ -84,7 +84,8 @@ def _role(
 ) -> Role:
     """Return what a parameter is, from its name, whole shape and the modules that hold it."""
     leaf = name.rpartition(".")[2]
-    if parameter.ndim < 2 or leaf.endswith("bias") or _any(owners, (nn.LayerNorm, nn.RMSNorm)):
+    few = parameter.ndim < 2 or parameter.numel() == 0  # no rule of matrices takes one without elements
+    if few or leaf.endswith("bias") or _any(owners, (nn.LayerNorm, nn.RMSNorm)):
         return "vector"
     if _any(owners, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
