@@ -78,6 +78,29 @@ def make_run(tmp_path):
     return make
 
 
+class Process:
+    """What a launcher has started; it ends when the test says so."""
+
+    def __init__(self):
+        self.code, self.heard = None, []
+
+    def poll(self):
+        return self.code
+
+    def send_signal(self, number):
+        self.heard.append(number)
+
+    def wait(self):
+        assert self.code is not None
+        return self.code
+
+
+@pytest.fixture
+def make_process():
+    """Return what makes a process without one, with `code` to be set and `heard` to be read."""
+    return Process
+
+
 TOY_SCRIPT = """
 import argparse, sys
 from pathlib import Path

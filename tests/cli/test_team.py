@@ -12,26 +12,9 @@ from hardy.cli import team
 from hardy.cli.team import Team, tell
 
 
-class Process:
-    """A worker that ends when the test says so."""
-
-    def __init__(self):
-        self.code, self.heard = None, []
-
-    def poll(self):
-        return self.code
-
-    def send_signal(self, number):
-        self.heard.append(number)
-
-    def wait(self):
-        assert self.code is not None
-        return self.code
-
-
 @pytest.fixture
-def made():
-    workers, reports = [Process() for _ in range(3)], []
+def made(make_process):
+    workers, reports = [make_process() for _ in range(3)], []
     return Team(workers, lambda: reports.append("lost")), workers, reports
 
 

@@ -98,6 +98,27 @@ def test_two_workers_learn_what_one_learns(small, tmp_path, finished_run):
         ),
         (["--workers", "2", "--train.micro_packs", "4"], "or train.micro_packs to 2"),
         (["--strategy.mesh.shards", "2"], "needs 2 workers, but 1 run"),
+        (
+            ["--strategy", "robust", "--workers", "2"],
+            "cannot bear strategy.f=1 among 2 workers; lower it to at most 0, or let at least 3 workers take",
+        ),
+        (
+            "--strategy robust --strategy.mesh.shards 2 --workers 4 --strategy.rule mean".split(),
+            "'mean' after 'nnm' cannot bear strategy.f=1 among 2 workers",
+        ),
+        (
+            "--strategy dstar --strategy.f 0 --strategy.exchange slices --strategy.attack.name nan "
+            "--strategy.attack.workers 2 --workers 2".split(),
+            "strategy.attack.workers names [2], but there are 2 workers, from 0; leave them out, or start",
+        ),
+        (
+            "--workers 3 --train.batch_packs 3 --strategy push_sum "
+            "--strategy.topology.name hypercube".split(),
+            "needs a power of two replicas, but there are 3; run 2 or 4",
+        ),
+        # The data, and what torch says, are known to the run alone; it takes back what it has begun.
+        (["--train.batch_packs", "4000"], "and one step needs train.batch_packs x data.pack_tokens"),
+        (["--optim", "torch.optim.Nothing"], "torch.optim.Nothing"),
         (["--train.steps", "1"], "optim.schedule.warmup_steps=1 must be below train.steps=1"),
         (["--data.document_tokens", "65"], "data.document_tokens=65 must be at most data.pack_tokens=64"),
         (["--data.source", "files:/nowhere/*.txt"], "/nowhere/*.txt"),
@@ -108,7 +129,8 @@ def test_two_workers_learn_what_one_learns(small, tmp_path, finished_run):
         ),
     ],
 )
-def test_what_cannot_work_is_refused(small, tmp_path, capsys, arguments, text):
+def test_what_cannot_work_is_refused(small, tmp_path, monkeypatch, capsys, arguments, text):
+    monkeypatch.setattr(train_module, "run_workers", lambda *_: pytest.fail("processes were started"))
     assert main(["train", "tiny", "--run-dir", str(tmp_path / "run"), *small, *arguments]) == 2
     assert text in errors(capsys)
     assert not (tmp_path / "run").exists()
@@ -201,6 +223,8 @@ def test_replicas_that_may_die_are_started_with_a_store_and_again(small, tmp_pat
         words += ["--strategy.mesh.shards", str(shards)]
     assert main(["train", "tiny", "--workers", str(2 * shards), "--run-dir", run_dir, *words]) == 143
     told = {"max_restarts": 7, "replica_size": shards}
+    if name == "robust":
+        told["setting"] = "strategy.fastest.max_restarts"
     assert seen == [(2, ["train", "tiny", "--run-dir", run_dir, *words], told)]
     assert hosts == ([2] if name == "robust" else [])
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 
 import pytest
 
@@ -124,31 +125,18 @@ def test_handlers_are_given_back(play):
 # ---- Replicas that come and go -----------------------------------------------------------------------------
 
 
-class Process:
-    """A replica that ends when it is told to."""
-
-    def __init__(self):
-        self.code, self.heard = None, []
-
-    def poll(self):
-        return self.code
-
-    def send_signal(self, number):
-        self.heard.append(number)
-
-
 class Play:
-    """A crew of such, and what it did."""
+    """A crew of processes that end when they are told to, and what it did."""
 
-    def __init__(self, *, size=3, max_restarts=2):
-        self.began, self.lost = [], []
-        self.crew = Crew(self.begin, self.lost.append, max_restarts=max_restarts)
+    def __init__(self, make_process, *, size=3, max_restarts=2):
+        self.began, self.lost, self.make_process = [], [], make_process
+        self.crew = Crew(self.begin, self.lost.append, max_restarts=max_restarts, setting="the.setting")
         for replica in range(size):
             self.crew.start(replica)
 
     def begin(self, replica, restarts):
         self.began.append((replica, restarts))
-        return Process()
+        return self.make_process()
 
     def end(self, codes, received=()):
         for replica, code in codes.items():
@@ -160,8 +148,13 @@ class Play:
         return {replica: process.heard for replica, process in self.crew.running.items()}
 
 
-def test_a_lost_replica_is_reported_and_started_again_as_often_as_allowed(capsys):
-    play = Play()
+@pytest.fixture
+def crew_of(make_process):
+    return partial(Play, make_process)
+
+
+def test_a_lost_replica_is_reported_and_started_again_as_often_as_allowed(crew_of, capsys):
+    play = crew_of()
     for lost in range(3):
         assert play.began[3:] == [(1, number + 1) for number in range(lost)]
         play.end({1: -signal.SIGKILL if lost % 2 else 1})
@@ -169,36 +162,36 @@ def test_a_lost_replica_is_reported_and_started_again_as_often_as_allowed(capsys
     said = capsys.readouterr().err
     assert "replica 1 ended with code 1; started again (1 of 2)" in said
     assert "replica 1 ended by SIGKILL; started again (2 of 2)" in said
-    assert "not started again (strategy.max_restarts=2); 2 go on" in said
+    assert "not started again (the.setting=2); 2 go on" in said
     assert play.end({0: 0, 2: 0}).crew.joint_code(None) == 0 and play.lost == [1, 1, 1]
 
 
-def test_all_lost_for_good_is_a_failure():
-    assert Play(max_restarts=0).end({0: 1, 1: -9, 2: -11}).crew.joint_code(None) == 1
+def test_all_lost_for_good_is_a_failure(crew_of):
+    assert crew_of(max_restarts=0).end({0: 1, 1: -9, 2: -11}).crew.joint_code(None) == 1
 
 
-def test_settings_that_cannot_work_end_all_but_not_where_one_has_changed_its_own():
-    play = Play().end({1: 2})
+def test_settings_that_cannot_work_end_all_but_not_where_one_has_changed_its_own(crew_of):
+    play = crew_of().end({1: 2})
     assert play.heard() == {0: [signal.SIGTERM], 2: [signal.SIGTERM]} and len(play.began) == 3
     assert play.end({0: 143, 2: 143}).crew.joint_code(None) == 2
-    play = Play().end({1: -9}).end({1: 2})
+    play = crew_of().end({1: -9}).end({1: 2})
     assert play.heard() == {0: [], 2: []} and len(play.began) == 4
 
 
-def test_at_the_end_nobody_is_started_again_and_who_was_stopped_is_woken():
-    play = Play().end({0: 0})
+def test_at_the_end_nobody_is_started_again_and_who_was_stopped_is_woken(crew_of):
+    play = crew_of().end({0: 0})
     assert play.heard() == {1: [signal.SIGCONT], 2: [signal.SIGCONT]}
     play.end({1: 1, 2: -9})
     assert len(play.began) == 3 and not play.crew.running and play.crew.joint_code(None) == 0
 
 
-def test_one_that_hangs_at_the_end_is_killed(monkeypatch):
+def test_one_that_hangs_at_the_end_is_killed(crew_of, monkeypatch):
     monkeypatch.setattr(workers, "END_S", -1.0)
-    assert Play().end({0: 0}).heard() == {number: [signal.SIGCONT, signal.SIGKILL] for number in (1, 2)}
+    assert crew_of().end({0: 0}).heard() == {number: [signal.SIGCONT, signal.SIGKILL] for number in (1, 2)}
 
 
-def test_a_signal_is_handed_on_once_and_a_replica_lost_before_does_not_count():
-    play = Play(max_restarts=0).end({0: -9})
+def test_a_signal_is_handed_on_once_and_a_replica_lost_before_does_not_count(crew_of):
+    play = crew_of(max_restarts=0).end({0: -9})
     received = [signal.SIGTERM]
     play.end({}, received)
     assert play.end({}, received).heard() == {1: [signal.SIGTERM], 2: [signal.SIGTERM]}
@@ -207,13 +200,14 @@ def test_a_signal_is_handed_on_once_and_a_replica_lost_before_does_not_count():
 
 
 @pytest.mark.mp
-def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, monkeypatch):
+def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, monkeypatch, capsys):
     script = tmp_path / "replica.py"
     script.write_text(
         "import os, sys\n"
         "rank, lost = os.environ['RANK'], int(os.environ['HARDY_RESTARTS'])\n"
         f"open({str(tmp_path)!r} + f'/{{rank}}-{{lost}}', 'w').write(os.environ['HARDY_STORE'])\n"
-        "os.kill(os.getpid(), 9) if rank == '1' and lost < 2 else None\n"
+        f"dies = os.path.exists({str(tmp_path / 'all-die')!r}) or (rank == '1' and lost < 2)\n"
+        "os.kill(os.getpid(), 9) if dies else None\n"
     )
     real = subprocess.Popen
     monkeypatch.setattr(
@@ -224,6 +218,9 @@ def test_replicas_find_the_store_and_one_that_dies_is_started_again(tmp_path, mo
     assert (tmp_path / "0-0").read_text().startswith("127.0.0.1:")
     assert run_replicas(2, ["train", "tiny"], StoreHost(), max_restarts=0) == 0
     assert not (tmp_path / "1-1").exists()
+    (tmp_path / "all-die").touch()
+    assert run_replicas(1, ["train", "tiny"], StoreHost(), max_restarts=0, setting="a.b") == 1
+    assert "replica 0 ended by SIGKILL and is not started again (a.b=0)" in capsys.readouterr().err
 
 
 @pytest.mark.mp

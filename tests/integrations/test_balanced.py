@@ -108,11 +108,12 @@ def losses(trainer):
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("steps_done", [2, 4])
-def test_a_resumed_run_is_the_same_run(tmp_path, steps_done):
-    whole = make_trainer(tmp_path, max_steps=6)
+@pytest.mark.parametrize(("steps_done", "delay_steps"), [(2, 2), (4, 0)])
+def test_a_resumed_run_is_the_same_run(tmp_path, steps_done, delay_steps):
+    balance = replace(BALANCE, delay_steps=delay_steps)
+    whole = make_trainer(tmp_path, balance=balance, max_steps=6)
     whole.train()
-    again = make_trainer(tmp_path, max_steps=6)
+    again = make_trainer(tmp_path, balance=balance, max_steps=6)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps_done}"))
     assert losses(again)[steps_done:] == losses(whole)[steps_done:]
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):
@@ -146,6 +147,24 @@ def test_settings_of_the_trainer_are_taken(tmp_path):
     assert with_lengths.plan_hash(0, 0) == plain.plan_hash(0, 0)
 
 
+def test_levelled_steps_take_about_as_long_on_any_number_of_ranks(tmp_path):
+    def works(delay_steps, *, world_size=1):
+        trainer = make_trainer(tmp_path)
+        trainer.args = SimpleNamespace(
+            **{name: getattr(trainer.args, name) for name in ("seed", "data_seed", "dataloader_drop_last")},
+            **{"gradient_accumulation_steps": 3, "world_size": world_size, "process_index": 0},
+        )
+        sampler = trainer_sampler(trainer, replace(BALANCE, delay_steps=delay_steps))
+        times = sampler.planning.cost.times(LENGTHS)
+        batches = [sampler.documents(1, step) for step in range(4)]
+        return batches, torch.tensor([times[batch].sum() for batch in batches[:3]]).std()
+
+    drawn, levelled = works(0), works(2)
+    assert sorted(sum(drawn[0], [])) == sorted(sum(levelled[0], [])) == list(range(26))
+    assert drawn[0][3] == levelled[0][3] and levelled[1] < 0.2 * drawn[1]
+    assert works(2, world_size=3)[0] == levelled[0]
+
+
 def test_costs_are_counted_with_recomputation(tmp_path):
     costs = [
         trainer_sampler(make_trainer(tmp_path, activation_checkpointing=again), BALANCE).planning.cost
@@ -156,7 +175,10 @@ def test_costs_are_counted_with_recomputation(tmp_path):
 
 def test_worker_processes_load_the_same_batches(tmp_path):
     loaders = [
-        make_trainer(tmp_path, dataloader_num_workers=count).get_train_dataloader() for count in (0, 1)
+        make_trainer(
+            tmp_path, balance=replace(BALANCE, delay_steps=2), dataloader_num_workers=count
+        ).get_train_dataloader()
+        for count in (0, 1)
     ]
     rows = [[row["input_ids"].tolist() for row in loader] for loader in loaders]
     assert rows[0] == rows[1] and len(rows[0]) == len(loaders[0]) == 12

@@ -54,6 +54,38 @@ def test_a_start_that_was_cut_off_may_be_tried_again(tmp_path, left):
     assert RunFolder(tmp_path).read_config() == TrainConfig()
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path, is_new):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="no"), folder.locked(), folder.taken_back(is_new=is_new):
+        folder.create(TrainConfig(), command=[])
+        (folder.path / "log.txt").write_text("prepare ...")
+        folder.tokenizer.mkdir()
+        (folder.tokenizer / "tokenizer.json").write_text("{}")
+        raise UserError("no")
+    assert list(tmp_path.glob("**/*")) == ([] if is_new else [folder.path])
+
+
+def test_a_run_refused_later_or_with_strange_files_beside_it_loses_none(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="no"), folder.locked(), folder.taken_back(is_new=True):
+        folder.create(TrainConfig(), command=[])
+        (folder.path / "thesis.tex").write_text("my work")
+        raise UserError("no")
+    assert [path.name for path in folder.path.iterdir()] == ["thesis.tex"]
+    (folder.path / "thesis.tex").unlink()
+    with pytest.raises(UserError, match="no"), folder.locked(), folder.taken_back(is_new=True):
+        folder.create(TrainConfig(), command=[])
+        folder.metrics_file.touch()
+        raise UserError("no")
+    assert folder.read_config() == TrainConfig()
+    folder.metrics_file.unlink()
+    folder.checkpoints_of(1).mkdir()  # of a step that was not yet told of
+    with pytest.raises(UserError, match="no"), folder.taken_back(is_new=False):
+        raise UserError("no")
+    assert folder.read_config() == TrainConfig()
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, below):
     (tmp_path / "file").write_text("my work")
@@ -68,9 +100,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, below):
 def test_no_run_and_broken_config_are_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no run in .*hardy train"):
         RunFolder(tmp_path).read_config()
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json cannot be used"):
-        RunFolder(tmp_path).read_config()
+    for broken in (b"{", b"\xff"):
+        (tmp_path / "config.json").write_bytes(broken)
+        with pytest.raises(UserError, match=r"config.json cannot be used"):
+            RunFolder(tmp_path).read_config()
 
 
 def test_a_damaged_note_of_starts_is_named_and_may_be_deleted(tmp_path):
@@ -127,9 +160,18 @@ def test_a_file_is_no_run_folder(tmp_path):
         RunFolder(tmp_path / "run").check_new(TrainConfig())
 
 
-def test_the_last_number_of_workers_is_remembered(tmp_path):
+@pytest.mark.parametrize(
+    ("facts", "num_workers"),
+    [
+        ('{"starts": [{"num_workers": 2}, {"num_workers": 4}]}', 4),
+        ('{"starts": [{}]}', 1),
+        ('{"starts": [{"num_workers": null}]}', 1),
+        ('{"starts": [{"num_workers": 0}]}', 1),
+        ('{"starts": "x"}', 1),
+        ("[]", 1),
+    ],
+)
+def test_the_last_number_of_workers_is_remembered(tmp_path, facts, num_workers):
     assert RunFolder(tmp_path).last_num_workers() == 1
-    (tmp_path / "run.json").write_text('{"starts": [{"num_workers": 2}, {"num_workers": 4}]}')
-    assert RunFolder(tmp_path).last_num_workers() == 4
-    (tmp_path / "run.json").write_text('{"starts": [{}]}')
-    assert RunFolder(tmp_path).last_num_workers() == 1
+    (tmp_path / "run.json").write_text(facts)
+    assert RunFolder(tmp_path).last_num_workers() == num_workers

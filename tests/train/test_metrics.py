@@ -38,6 +38,17 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path):
     assert path.read_text().endswith("}\n")
 
 
+@pytest.mark.parametrize("line", [b"\0\0\n", b"\xff\n", b"[1]\n", b"{}\n"])
+def test_a_damaged_line_is_named_and_nothing_is_lost(tmp_path, line):
+    path = tmp_path / "m.jsonl"
+    write_lines(path, [1, 2])
+    damaged = path.read_bytes() + line
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"line 3 of .*m.jsonl cannot be used: .* delete the line"):
+        MetricsFile(path, after_step=9)
+    assert path.read_bytes() == damaged
+
+
 def test_non_finite_numbers_become_null(tmp_path):
     metrics = MetricsFile(tmp_path / "m.jsonl", after_step=0)
     metrics.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})

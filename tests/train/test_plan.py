@@ -11,6 +11,8 @@ from hardy.config import ConfigError, from_dict
 from hardy.train.config import TrainConfig
 from hardy.train.plan import MicroBatches, RunPlan, World, micro_batches, plan_run
 
+RELEASED = {"release": True, "clip_norm": None, "guard": {"history": "off"}}
+
 
 def config(**sections):
     return from_dict(TrainConfig, sections)
@@ -107,11 +109,73 @@ def test_the_batch_sizes_that_an_error_names_work(batch_packs, num_workers, micr
             {"strategy": {"name": "synchronous", "mesh": {"shards": 2}}},
             "1 replicas x 2 shards needs 2 workers, but 1 run",
         ),
+        (
+            {"balance": {"mode": "dispatch"}, "strategy": {"name": "diloco"}},
+            "strategy.name='diloco' lets each have its own",
+        ),
+        (
+            {"balance": {"mode": "dispatch"}, "optim": {"name": "apollo"} | RELEASED},
+            "optim.release=true must know",
+        ),
+        (
+            {"balance": {"mode": "dispatch"}, "model": {"name": "hf:somewhere"}},
+            "model.name='hf:somewhere' brings its own",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(sections, text):
     with pytest.raises(ConfigError, match=text):
         plan_run(config(**sections), num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optim", "text"),
+    [
+        (
+            {"name": "push_sum", "topology": {"name": "hypercube"}},
+            {},
+            "needs a power of two replicas, but there are 6; run 4 or 8",
+        ),
+        (
+            {"name": "diloco", "every_steps": 14, "fragments": 7},
+            {},
+            "strategy.fragments=7 is more than the 6 units",
+        ),
+        (
+            {"name": "synchronous", "mesh": {"shards": 2}},
+            {"name": "qapollo"},
+            "optim.name=qapollo .* cannot be sharded yet, and strategy.mesh.shards is 2; set it to 1",
+        ),
+        (
+            {"name": "synchronous"},
+            {"name": "apollo"} | RELEASED,
+            "optim.release=true .* and 6 workers hold a whole model each; set strategy.mesh.shards to 6",
+        ),
+        (
+            {"name": "local_sgd", "copies": 3},
+            {"name": "apollo"} | RELEASED,
+            "and 3 workers hold a whole model each; set strategy.mesh.shards to 3",
+        ),
+    ],
+)
+def test_what_so_many_workers_cannot_do_is_refused(strategy, optim, text):
+    sections = {"strategy": strategy, "optim": {"name": "adamw"} | optim, "train": {"batch_packs": 12}}
+    with pytest.raises(ConfigError, match=text):
+        plan_run(config(**sections), num_workers=6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "optim"),
+    [
+        ({"name": "diloco", "every_steps": 12, "fragments": 6}, {}),
+        ({"name": "synchronous", "mesh": {"shards": 6}}, RELEASED),
+        ({"name": "local_sgd"}, RELEASED),
+        ({"name": "push_sum", "topology": {"name": "torus"}}, RELEASED),
+    ],
+)
+def test_what_they_can_do_is_not(strategy, optim):
+    sections = {"strategy": strategy, "optim": {"name": "apollo"} | optim, "train": {"batch_packs": 12}}
+    assert plan_run(config(**sections), num_workers=6).num_workers == 6
 
 
 def test_the_parameters_of_a_foreign_model_are_not_known():

@@ -164,7 +164,8 @@ def _starts(path: Path) -> list[dict[str, Any]]:
     """Return the starts and resumes of a run; a run made by an importer has none."""
     if not path.exists():
         return []
-    starts = _json_of(path, missing=f"{path} cannot be read").get("starts", [])
+    facts = _json_of(path, missing=f"{path} cannot be read")
+    starts = facts.get("starts", []) if isinstance(facts, dict) else []
     return [start for start in starts if isinstance(start, dict)]
 
 

@@ -55,8 +55,10 @@ VERBS: dict[str, Verb] = {
 }
 
 
-_ABOUT_THE_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
-"""What the system says of a disk that takes no more: no fault of the program's."""
+_ABOUT_THE_DISK = dict.fromkeys(
+    (errno.ENOSPC, errno.EDQUOT, errno.EROFS), "make room, or write elsewhere"
+) | {errno.EACCES: "ask for the permission, or choose another place"}
+"""What the system refuses to do with a file, and the way out: no fault of the program's."""
 
 
 def run() -> None:
@@ -87,7 +89,7 @@ def main(words: Sequence[str]) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _ABOUT_THE_DISK:
             where = f" ({error.filename})" if error.filename else ""
-            return _say(f"{error.strerror}{where}; make room, or write elsewhere", failure.FAILURE)
+            return _say(f"{error.strerror}{where}; {_ABOUT_THE_DISK[error.errno]}", failure.FAILURE)
         traceback.print_exc()
         return _say(
             "this is a fault of hardy's own; please report it with the lines above, the command line and the "

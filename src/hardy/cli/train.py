@@ -24,7 +24,7 @@ from hardy.distributed.robust.config import CombinedConfig
 from hardy.model.presets import check_folder
 from hardy.train.config import TrainConfig
 from hardy.train.folder import RunFolder
-from hardy.train.plan import World, plan_run
+from hardy.train.plan import RunPlan, World, plan_run
 
 if TYPE_CHECKING:
     from hardy.train.hooks import Hook, Summary
@@ -71,6 +71,7 @@ def train_verb(arguments: argparse.Namespace) -> int:
     resolved = resolve(arguments.target, arguments.settings)
     me, num_workers = who_works(arguments.workers, os.environ)
     plan = plan_run(resolved.config, num_workers=num_workers)
+    _check_rule(resolved.config, plan)
     if arguments.dry_run:
         show_plan(resolved, plan, as_json=arguments.json)
         return failure.SUCCESS
@@ -97,7 +98,7 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     config = change(RunFolder(run_dir).read_config(), parse_dotted(arguments.settings))
     last = RunFolder(run_dir).last_num_workers()
     me, num_workers = who_works(arguments.workers, os.environ, default=last)
-    plan_run(config, num_workers=num_workers)
+    _check_rule(config, plan_run(config, num_workers=num_workers))
     check_folder(config.model.name)
     if num_workers > me.size:
         words = ["resume", str(run_dir), *arguments.settings]
@@ -112,12 +113,14 @@ def _launch(config: TrainConfig, run_dir: Path, num_workers: int, words: list[st
     strategy = config.strategy
     if isinstance(strategy, CombinedConfig) and strategy.fastest is not None:
         replicas, shards = strategy.mesh.sizes(num_workers)
-        strategy.fastest.check(replicas=replicas, num_faulty=strategy.f)
         from hardy.train.elections import election_host  # imports torch
 
-        host, again = election_host(config, run_dir, replicas=replicas), strategy.fastest.max_restarts
+        host = election_host(config, run_dir, replicas=replicas)
+        again, setting = strategy.fastest.max_restarts, "strategy.fastest.max_restarts"
         try:
-            return run_replicas(replicas, words, host, max_restarts=again, replica_size=shards)
+            return run_replicas(
+                replicas, words, host, max_restarts=again, setting=setting, replica_size=shards
+            )
         finally:
             host.close()
     if isinstance(strategy, (LocalUpdateConfig, PushSumConfig)) and strategy.elastic:
@@ -164,6 +167,17 @@ def _next_run_dir(name: str, me: World) -> Path:
         raise UserError("workers started by a launcher must agree on the run folder; give --run-dir")
     numbers = [path.name.removeprefix(f"{name}-") for path in RUNS.glob(f"{name}-*")]
     return RUNS / f"{name}-{max((int(number) for number in numbers if number.isdecimal()), default=0) + 1}"
+
+
+def _check_rule(config: TrainConfig, plan: RunPlan) -> None:
+    """Refuse a rule that so few workers cannot have, before any of them is started."""
+    strategy = config.strategy
+    if isinstance(strategy, CombinedConfig):
+        from hardy.distributed.robust.build import build_combiner  # imports torch
+
+        build_combiner(
+            strategy, num_workers=plan.replicas if strategy.worker == "replica" else plan.num_workers
+        )
 
 
 def _check_source(config: TrainConfig) -> None:

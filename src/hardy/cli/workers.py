@@ -56,7 +56,13 @@ class Host(Protocol):
 
 
 def run_replicas(
-    num_replicas: int, arguments: Sequence[str], host: Host, *, max_restarts: int, replica_size: int = 1
+    num_replicas: int,
+    arguments: Sequence[str],
+    host: Host,
+    *,
+    max_restarts: int,
+    setting: str = "strategy.max_restarts",
+    replica_size: int = 1,
 ) -> int:
     """Run `python -m hardy ARGUMENTS` in processes that may be lost: the others go on, and it begins again.
 
@@ -71,6 +77,7 @@ def run_replicas(
         arguments: of the command.
         host: what ties them together.
         max_restarts: how often each is started again.
+        setting: the name under which a user may change that.
         replica_size: processes of each, neighbours in rank.
     """
 
@@ -90,7 +97,7 @@ def run_replicas(
         )
 
     with tempfile.TemporaryDirectory(prefix="hardy-workers-") as folder, forwarded_signals() as received:
-        crew = Crew(begin, host.report_loss, max_restarts=max_restarts)
+        crew = Crew(begin, host.report_loss, max_restarts=max_restarts, setting=setting)
         try:
             for replica in range(num_replicas):
                 crew.start(replica)
@@ -109,6 +116,7 @@ class Crew:
         begin: starts a replica, given its number and how often it was lost.
         report_loss: tells the others of a loss.
         max_restarts: how often each is started again.
+        setting: the name under which a user may change that.
     """
 
     def __init__(
@@ -117,8 +125,10 @@ class Crew:
         report_loss: Callable[[int], None],
         *,
         max_restarts: int,
+        setting: str,
     ) -> None:
-        self._begin, self._report_loss, self._max_restarts = begin, report_loss, max_restarts
+        self._begin, self._report_loss = begin, report_loss
+        self._max_restarts, self._setting = max_restarts, setting
         self.running: dict[int, Running] = {}
         self.codes: dict[int, int] = {}
         """Of those that will not begin again."""
@@ -177,7 +187,7 @@ class Crew:
             self.codes[replica] = code
             _say(
                 f"replica {replica} ended {_how(code)} and is not started again "
-                f"(strategy.max_restarts={self._max_restarts}); {len(self.running)} go on"
+                f"({self._setting}={self._max_restarts}); {len(self.running)} go on"
             )
 
     def _give(self, seconds: float) -> None:

@@ -10,8 +10,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hardy.config import ConfigError, read_arguments
-from hardy.distributed.aggregation import build_aggregator
-from hardy.distributed.attacks import build_attack
 from hardy.distributed.comm import Communicator
 from hardy.distributed.config import (
     AEDiTConfig,
@@ -42,7 +40,7 @@ from hardy.distributed.local.round import Manner, Parts
 from hardy.distributed.local.triggers import EverySeconds, EverySteps, Trigger
 from hardy.distributed.local.units import Units
 from hardy.distributed.local.updates import LocalUpdates
-from hardy.distributed.robust.combine import Combiner, Played
+from hardy.distributed.robust.build import build_combiner
 from hardy.distributed.robust.config import DStarConfig, RobustConfig
 from hardy.distributed.robust.fastest import FastestGroup
 from hardy.distributed.robust.fastest_strategy import FastestRobust
@@ -103,11 +101,7 @@ def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
         )
     is_beside = config.layerwise or config.delay_steps > 0 or config.delay_rounds > 0
     units = Units(trained.model, trained.unit_names)
-    if config.fragments > len(units):
-        raise ConfigError(
-            f"strategy.fragments={config.fragments} is more than the {len(units)} units of the model (its "
-            f"blocks, and all the rest as one); set it to at most {len(units)}"
-        )
+    config.check_units(len(units))
     outer = trained.outer or FixedGroup(grid.outer)
     strategy = LocalUpdates(
         units,
@@ -139,32 +133,10 @@ def _build_local(config: LocalConfig, trained: Trained) -> Strategy:
 
 def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strategy:
     grid, model = trained.grid, trained.model
-    arguments = read_arguments(config.arguments, setting="strategy.arguments")
-    aggregator = build_aggregator(
-        config.rule,
-        num_faulty=config.f,
-        arguments=arguments,
-        pre=config.pre,
-        on_excess=config.on_excess,
-        seed=trained.seed,
-        rows_are="workers",
-        history=config.history,
-    )
-    played = None
-    if config.attack.name != "none":
-        played = Played(
-            attack=build_attack(
-                config.attack.name,
-                arguments=read_arguments(config.attack.arguments, setting="strategy.attack.arguments"),
-                seed=trained.seed,
-            ),
-            workers=config.attack.workers,
-            from_step=config.attack.from_step,
-        )
+    num_workers = trained.comm.size if config.worker == "rank" else grid.replicas
+    combine = build_combiner(config, num_workers=num_workers, seed=trained.seed)
     if config.worker == "rank":
-        comm = trained.comm
-        combiner = Combiner(aggregator, num_workers=comm.size, played=played)
-        return RobustRanks(model, comm, combiner)
+        return RobustRanks(model, trained.comm, combine)
     trusted = None
     if config.needs_trusted:
         assert trained.draw_trusted is not None, "whoever builds a run gives it where the settings need it"
@@ -179,21 +151,18 @@ def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strat
             model,
             inner=grid.inner,
             outer=grid.outer,
-            aggregator=aggregator,
+            combine=combine,
             exchange=config.exchange,
             momentum=config.worker_momentum,
             trusted=trusted,
-            played=played,
         )
-    config.fastest.check(replicas=grid.replicas, num_faulty=config.f)
-    aggregator.check(config.fastest.k)
     assert trained.elect is not None, "whoever builds a run gives it where the settings need it"
     return FastestRobust(
         trained.optimizer,
         sender=Sender(model, inner=grid.inner, momentum=config.worker_momentum, trusted=trusted),
         inner=grid.inner,
         enter=trained.elect,
-        combine=Combiner(aggregator, num_workers=grid.replicas, played=played),
+        combine=combine,
         form=config.exchange,
         keeps_late=config.fastest.late == "dampen",
     )

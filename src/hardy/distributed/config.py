@@ -177,6 +177,14 @@ class LocalUpdateConfig(Config):
                 "strategy.fragments to 1 and the delays to 0, or layerwise to false"
             )
 
+    def check_units(self, num_units: int) -> None:
+        """Refuse more fragments than the model has units."""
+        if self.fragments > num_units:
+            raise ConfigError(
+                f"strategy.fragments={self.fragments} is more than the {num_units} units of the model (its "
+                f"blocks, and all the rest as one); set it to at most {num_units}"
+            )
+
     def _check_elastic(self) -> None:
         if self.layerwise:
             raise ConfigError(

@@ -53,6 +53,9 @@ class TrainerBalance:
     """What becomes of a document longer than fits on a rank, or for dynamic_cp on all ranks together."""
     split_tokens: int = 128
     """Of dynamic_cp: documents shorter than 2 G times this stay whole in a group of G."""
+    delay_steps: int = 0
+    """Most steps by which a document may come later or sooner than drawn, so that steps take about as long. 0
+    leaves batches as drawn; more changes which documents meet in a batch, and drops none."""
     ahead: int = 2
     """Steps planned ahead in the background."""
     probe: bool = True
@@ -143,6 +146,7 @@ def trainer_sampler(trainer: Any, balance: TrainerBalance) -> BalancedBatchSampl
             sequences=balance.batch_sequences,
             last="drop" if args.dataloader_drop_last else "keep",
             seed=args.seed if args.data_seed is None else args.data_seed,
+            delay_steps=balance.delay_steps,
         ),
         planning=Planning(
             cost=cost.with_cap(balance.cap_tokens),

@@ -18,7 +18,6 @@ from hardy.balance.level import LevelledPieces
 from hardy.balance.long_documents import Batch, LongDocuments, fit_pieces, too_long
 from hardy.balance.plan import Objective, Plan, Scheme
 from hardy.balance.planner import Mode, plan
-from hardy.config import ConfigError
 from hardy.data.stream import PackStream
 from hardy.distributed.balance.layouts import row_counts
 from hardy.distributed.balance.probe import check_isolation
@@ -282,32 +281,6 @@ def balanced_batches(
         planning=planning,
         vocab_size=shape.vocab_size,
     )
-
-
-def check_balance(config: TrainConfig) -> None:
-    """Refuse what no plan can be carried out with.
-
-    Raises:
-        ConfigError: the strategy, the model or the optimizer, and the way out.
-    """
-    if config.balance.mode == "none":
-        return
-    if config.strategy.name != "synchronous":
-        raise ConfigError(
-            f"balance.mode={config.balance.mode!r} spreads the batch over all workers, and strategy.name="
-            f"{config.strategy.name!r} lets each have its own; set strategy.name to synchronous, or "
-            f"balance.mode to none"
-        )
-    if config.model.name.startswith("hf:"):
-        raise ConfigError(
-            f"balance.mode={config.balance.mode!r} needs a model whose attention can be shared, and model."
-            f"name={config.model.name!r} brings its own; set balance.mode to none"
-        )
-    if getattr(config.optim, "release", False):
-        raise ConfigError(
-            f"balance.mode={config.balance.mode!r} gives steps different numbers of micro-batches, which "
-            f"optim.release=true must know; set one of them to its default"
-        )
 
 
 def levelled_by(config: TrainConfig, shape: DecoderShape | None) -> dict[str, Any]:

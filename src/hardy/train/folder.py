@@ -13,16 +13,20 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from hardy.config import ConfigError, UserError, from_dict, to_dict
+from hardy.config import ConfigError, UserError, from_dict, reason_of, to_dict
 from hardy.train.config import TrainConfig
+
+_OF_A_START = ("config.json", "run.json", "code.diff", ".lock")
+"""What a start leaves before anything is prepared."""
 
 
 class RunFolder:
@@ -87,8 +91,10 @@ class RunFolder:
                 f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go "
                 f"on with that run by `hardy resume {self.path}`"
             )
-        files = (self.run_file.name, self.config_file.name)  # what a start that was cut off leaves
-        ours = {self.lock_file.name, "code.diff", self.run_file.name, *(f"{name}.tmp" for name in files)}
+        ours = {
+            *_OF_A_START,
+            *(f"{name}.tmp" for name in _OF_A_START),
+        }  # what a start that was cut off leaves
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --run-dir")
         if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:
@@ -105,6 +111,27 @@ class RunFolder:
         self.note_start(config, command=command, from_step=0, num_workers=num_workers)
         replace_json(self.config_file, to_dict(config))  # last: a folder with a config is a run
 
+    @contextmanager
+    def taken_back(self, *, is_new: bool) -> Iterator[None]:
+        """Remove what `create` and the preparation made when a run ends by an error before its first step.
+
+        Else the next try with other settings would be told that the folder belongs to another run.
+
+        Args:
+            is_new: whether the folder itself was not there before.
+        """
+        try:
+            yield
+        except (UserError, OSError):
+            if not self.metrics_file.exists() and not any(self.path.glob("checkpoints*")):
+                for name in (*_OF_A_START, "log.txt"):
+                    (self.path / name).unlink(missing_ok=True)
+                shutil.rmtree(self.tokenizer, ignore_errors=True)
+                with suppress(OSError):  # someone put a file there
+                    if is_new:
+                        self.path.rmdir()
+            raise
+
     def note_start(
         self, config: TrainConfig, *, command: Sequence[str], from_step: int, num_workers: int
     ) -> None:
@@ -114,7 +141,7 @@ class RunFolder:
             UserError: run.json does not parse.
         """
         try:
-            facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+            facts = self._read_facts()
         except FileNotFoundError:
             facts = {"starts": []}
         except ValueError as error:
@@ -136,27 +163,33 @@ class RunFolder:
         )
         replace_json(self.run_file, facts)
 
+    def _read_facts(self) -> dict[str, Any]:
+        """Return what run.json holds."""
+        facts = json.loads(self.run_file.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or not isinstance(facts.get("starts"), list):
+            raise ValueError("it holds no list of starts")
+        return facts
+
     def read_config(self) -> TrainConfig:
         """Return the run's configuration.
 
         Raises:
-            UserError: there is no run here, or its config does not parse.
+            UserError: there is no run here, or its config cannot be read.
         """
         try:
             return from_dict(TrainConfig, json.loads(self.config_file.read_text(encoding="utf-8")))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"there is no run in {self.path} (no config.json); start one with `hardy train`"
             ) from None
-        except (json.JSONDecodeError, ConfigError) as error:
-            raise UserError(f"{self.config_file} cannot be used: {error}") from None
+        except (OSError, ValueError, ConfigError) as error:
+            raise UserError(f"{self.config_file} cannot be used: {reason_of(error)}") from None
 
     def last_num_workers(self) -> int:
         """Return with how many workers the run was started last; 1 where that is not known."""
         try:
-            facts = json.loads(self.run_file.read_text(encoding="utf-8"))
-            return int(facts["starts"][-1]["num_workers"])
-        except (OSError, ValueError, KeyError, IndexError):
+            return max(int(self._read_facts()["starts"][-1]["num_workers"]), 1)
+        except (OSError, ValueError, LookupError, TypeError):
             return 1
 
 

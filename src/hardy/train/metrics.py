@@ -40,12 +40,28 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a metrics file; a last line without its end is left out."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
+    """Yield the records of a metrics file; a last line without its end is left out.
+
+    Raises:
+        UserError: another line is none.
+    """
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
             if not line.endswith("\n"):
                 return
-            yield json.loads(line)
+            yield _record(line, where=f"line {number} of {path}")
+
+
+def _record(line: str, *, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError("it says nothing of a step")
+    except ValueError as error:
+        raise UserError(
+            f"{where} cannot be used: {error}; put the file back, or delete the line, then `hardy resume`"
+        ) from None
+    return record
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 from hardy.config import ConfigError
 from hardy.distributed.config import LocalUpdateConfig
-from hardy.model.presets import HF_PREFIX, check_context, count_parameters, resolve_shape
+from hardy.distributed.gossip.config import PushSumConfig
+from hardy.distributed.gossip.topology import Topology
+from hardy.model.presets import HF_PREFIX, DecoderShape, check_context, count_parameters, resolve_shape
+from hardy.optim.config import QAPOLLOConfig
 from hardy.optim.schedules import check_warmup
 from hardy.train.config import TrainConfig
 
@@ -95,6 +98,12 @@ def plan_run(config: TrainConfig, *, num_workers: int) -> RunPlan:
     micro = micro_batches(config.train.batch_packs, num_workers, config.train.micro_packs)
     check_warmup(config.optim.schedule.warmup_steps, total_steps=config.train.steps)
     _check_lengths(config)
+    _check_balance(config)
+    _check_optimizer(
+        config, copies=copies if config.strategy.replicas_step_alone else replicas, shards=shards
+    )
+    shape = _shape(config)
+    _check_strategy(config, replicas=replicas, shape=shape)
     tokens_per_step = config.train.batch_packs * config.data.pack_tokens
     return RunPlan(
         num_workers=num_workers,
@@ -104,7 +113,7 @@ def plan_run(config: TrainConfig, *, num_workers: int) -> RunPlan:
         steps=config.train.steps,
         tokens_per_step=tokens_per_step,
         total_tokens=tokens_per_step * config.train.steps,
-        num_parameters=_count_parameters(config),
+        num_parameters=None if shape is None else count_parameters(shape),
     )
 
 
@@ -154,8 +163,59 @@ def _check_lengths(config: TrainConfig) -> None:
         )
 
 
-def _count_parameters(config: TrainConfig) -> int | None:
-    """Check the model's sizes and return how many parameters it has; None for a model that is not ours."""
+def _check_balance(config: TrainConfig) -> None:
+    """Refuse what no plan of a balanced batch can be carried out with."""
+    if config.balance.mode == "none":
+        return
+    if config.strategy.name != "synchronous":
+        raise ConfigError(
+            f"balance.mode={config.balance.mode!r} spreads the batch over all workers, and strategy.name="
+            f"{config.strategy.name!r} lets each have its own; set strategy.name to synchronous, or "
+            f"balance.mode to none"
+        )
+    if config.model.name.startswith("hf:"):
+        raise ConfigError(
+            f"balance.mode={config.balance.mode!r} needs a model whose attention can be shared, and model."
+            f"name={config.model.name!r} brings its own; set balance.mode to none"
+        )
+    if getattr(config.optim, "release", False):
+        raise ConfigError(
+            f"balance.mode={config.balance.mode!r} gives steps different numbers of micro-batches, which "
+            f"optim.release=true must know; set one of them to its default"
+        )
+
+
+def _check_optimizer(config: TrainConfig, *, copies: int, shards: int) -> None:
+    """Refuse what cannot be done with a model that lies on several workers.
+
+    Args:
+        config: of the run.
+        copies: workers, or groups of those who share one copy, that average gradients at every step.
+        shards: workers over which a copy is split.
+    """
+    if isinstance(config.optim, QAPOLLOConfig) and shards > 1:
+        raise ConfigError(
+            f"optim.name=qapollo keeps int8 weights, which cannot be sharded yet, and strategy.mesh.shards "
+            f"is {shards}; set it to 1, or use apollo_mini"
+        )
+    if getattr(config.optim, "release", False) and copies > 1 and shards == 1:
+        raise ConfigError(
+            f"optim.release=true works on one worker or with shards, and {copies} workers hold a whole model "
+            f"each; set strategy.mesh.shards to {copies}"
+        )
+
+
+def _check_strategy(config: TrainConfig, *, replicas: int, shape: DecoderShape | None) -> None:
+    """Refuse a graph that so few replicas cannot have, and more parts than the model has."""
+    strategy = config.strategy
+    if isinstance(strategy, PushSumConfig):
+        Topology(strategy.topology, num_nodes=replicas)
+    if isinstance(strategy, LocalUpdateConfig) and shape is not None:
+        strategy.check_units(shape.num_layers + 1)
+
+
+def _shape(config: TrainConfig) -> DecoderShape | None:
+    """Check the model's sizes and return them; None for a model that is not ours."""
     if config.model.name.startswith(HF_PREFIX):
         return None
     from hardy.data.tokenizer import bpe_size, open_tokenizer  # imports numpy, too slow for `--help`
@@ -167,4 +227,4 @@ def _count_parameters(config: TrainConfig) -> int | None:
     check_context(
         shape.context_tokens, document_tokens=config.data.document_tokens or config.data.pack_tokens
     )
-    return count_parameters(shape)
+    return shape

@@ -64,14 +64,17 @@ def start(config: TrainConfig, run_dir: Path, around: Surroundings) -> Summary:
     """Train a new run in `run_dir`.
 
     Raises:
-        UserError: something in the config, the data or the folder cannot work.
+        UserError: something in the config, the data or the folder cannot work; before the first step it
+            leaves nothing.
         RunFailedError: training cannot go on.
     """
-    folder = RunFolder(run_dir)
+    folder, is_new = RunFolder(run_dir), not run_dir.exists()
     with ExitStack() as held:
         if around.world.rank == 0:
             held.enter_context(folder.locked())
             if not (around.world.restarts and folder.config_file.exists()):
+                folder.check_new(config)
+                held.enter_context(folder.taken_back(is_new=is_new))
                 folder.create(config, command=around.command, num_workers=around.world.size)
         return _run(config, folder, around)
 

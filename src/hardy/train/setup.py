@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from hardy.balance.config import BalanceConfig
-from hardy.config import ConfigError
 from hardy.data.corpus import Corpus
 from hardy.data.stream import PackStream
 from hardy.distributed.balance.attention import context_parallel_attention
@@ -30,7 +29,7 @@ from hardy.optim.config import OptimizerConfig, QAPOLLOConfig, RuleConfig
 from hardy.optim.guard import GradGuard
 from hardy.optim.int8 import quantize_model
 from hardy.optim.schedules import build_schedule
-from hardy.train.balanced import balanced_batches, check_balance
+from hardy.train.balanced import balanced_batches
 from hardy.train.config import TrainConfig
 from hardy.train.device import Hardware
 from hardy.train.identity import identity
@@ -98,7 +97,7 @@ def assemble(
     grid = _grid(config, comm, replicas=sizes.replicas, membership=membership)
     stream = _stream(config, corpus, split="train")
     stream.check_size(config.train.batch_packs)
-    _check_settings(config, rank=comm.rank)
+    _warn_of_warmup(config, rank=comm.rank)
     model = build_model(
         config.model, vocab_size=corpus.tokenizer.vocab_size, attention=_attention(config.balance)
     )
@@ -107,7 +106,8 @@ def assemble(
     check_context(getattr(model, "context_tokens", None), document_tokens=document_tokens)
     num_parameters = sum(p.numel() for p in model.parameters())
     same_run = identity(config, corpus, model)
-    int8_group = _int8_group(config.optim, shards=sizes.shards)
+    # What int8 weights are quantised in; none where weights stay what they are.
+    int8_group = config.optim.group_columns if isinstance(config.optim, QAPOLLOConfig) else None
     together = replace(sizes, num_workers=grid.inner.size, replicas=grid.inner.size // sizes.shards)
     model = place_model(
         model, grid.inner, sizes=together, hardware=hardware, seed=config.train.seed, int8_group=int8_group
@@ -244,21 +244,8 @@ def build_guard(
     return GradGuard(config.guard, max_norm=config.clip_norm, num_tensors=num_tensors, device=device)
 
 
-def _int8_group(config: OptimizerConfig, *, shards: int) -> int | None:
-    """Return the columns of a group of int8 weights; None where weights stay what they are."""
-    if not isinstance(config, QAPOLLOConfig):
-        return None
-    if shards > 1:
-        raise ConfigError(
-            f"optim.name=qapollo keeps int8 weights, which cannot be sharded yet, and strategy.mesh.shards "
-            f"is {shards}; set it to 1, or use apollo_mini"
-        )
-    return config.group_columns
-
-
-def _check_settings(config: TrainConfig, *, rank: int) -> None:
-    """Refuse what cannot be balanced; warn of local updates that only ever warm up."""
-    check_balance(config)
+def _warn_of_warmup(config: TrainConfig, *, rank: int) -> None:
+    """Warn of local updates that only ever warm up."""
     strategy, total_steps = config.strategy, config.train.steps
     if isinstance(strategy, LocalUpdateConfig) and strategy.warmup_steps >= total_steps and rank == 0:
         logger.warning(
@@ -276,11 +263,6 @@ def _released(
     asked = isinstance(config, RuleConfig) and config.release
     if not asked or not isinstance(optimizer, RuleOptimizer):
         return False
-    if sizes.replicas > 1 and sizes.shards == 1:
-        raise ConfigError(
-            f"optim.release=true works on one worker or with shards, and {sizes.num_workers} workers hold a "
-            f"whole model each; set strategy.mesh.shards to {sizes.num_workers}"
-        )
     # FSDP2 hands out gradients with the last micro-batch only.
     optimizer.enable_release(model, accumulation_steps=1 if sizes.shards > 1 else sizes.micro.count)
     return True

@@ -10,7 +10,7 @@ from hardy.config import ConfigError
 from hardy.distributed.aggregation import aggregate, build_aggregator
 from hardy.distributed.build import Trained, build_strategy
 from hardy.distributed.groups import split
-from hardy.distributed.robust.combine import NOTHING_LEFT
+from hardy.distributed.robust.combine import NOTHING_LEFT, Combiner
 from hardy.distributed.robust.config import AttackConfig, DStarConfig, RobustConfig, TrustedConfig
 from hardy.distributed.robust.strategy import Robust
 from hardy.distributed.simulation import SimWorld
@@ -269,8 +269,8 @@ def test_too_many_faulty_ones_are_refused_with_the_largest_legal_f():
 def test_a_rule_that_needs_a_trusted_gradient_is_given_one():
     def body(comm):
         grid = split(comm, replicas=comm.size, shards=1)
-        aggregator = build_aggregator("fltrust", num_faulty=1)
-        Robust(make_model(), inner=grid.inner, outer=grid.outer, aggregator=aggregator)
+        combine = Combiner(build_aggregator("fltrust", num_faulty=1), num_workers=comm.size)
+        Robust(make_model(), inner=grid.inner, outer=grid.outer, combine=combine)
 
     with pytest.raises(ValueError, match="needs a trusted gradient"):
         SimWorld(3).run(body)

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hardy.distributed.aggregation import Aggregator
 from hardy.distributed.comm import Communicator
-from hardy.distributed.robust.combine import NOTHING_LEFT, Combiner, Played, middle_loss
+from hardy.distributed.robust.combine import NOTHING_LEFT, Combiner, middle_loss
 from hardy.distributed.robust.exchange import Exchange, Form
 from hardy.distributed.robust.sender import Sender
 from hardy.distributed.robust.trusted import TrustedGradient
@@ -33,11 +32,10 @@ class Robust(Strategy):
         model: as it is trained; gradients are averaged within this replica only.
         inner: the workers of this replica.
         outer: the replicas.
-        aggregator: the rule.
+        combine: the rule at work, for as many workers as there are replicas.
         exchange: see `Exchange`.
         momentum: beta of the workers' momentum; 0 keeps none.
         trusted: gives g_v where the rule needs it.
-        played: an attack to be played; needs slices.
     """
 
     def __init__(
@@ -46,21 +44,20 @@ class Robust(Strategy):
         *,
         inner: Communicator,
         outer: Communicator,
-        aggregator: Aggregator,
+        combine: Combiner,
         exchange: Form = "slices",
         momentum: float = 0.0,
         trusted: TrustedGradient | None = None,
-        played: Played | None = None,
     ) -> None:
         self._outer = outer
         self._sender = Sender(model, inner=inner, momentum=momentum, trusted=trusted)
-        self._combine = Combiner(aggregator, num_workers=outer.size, played=played)
+        self._combine = combine
         like = self._sender.like
         self._exchange = Exchange(self._combine, like=like, inner=inner, outer=outer, form=exchange)
         self._step = 0
         self._refusal = ""
         self._room: dict[str, Any] | None = None
-        if aggregator.needs_reference and trusted is None:
+        if combine.aggregator.needs_reference and trusted is None:
             raise ValueError("this rule needs a trusted gradient, and nobody gives one")
 
     @property

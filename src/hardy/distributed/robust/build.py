@@ -1,0 +1,48 @@
+"""From settings to a rule at work: the part of a robust strategy that needs no model."""
+
+from hardy.config import read_arguments
+from hardy.distributed.aggregation import build_aggregator
+from hardy.distributed.attacks import build_attack
+from hardy.distributed.robust.combine import Combiner, Played
+from hardy.distributed.robust.config import CombinedConfig
+
+
+def build_combiner(config: CombinedConfig, *, num_workers: int, seed: int = 0) -> Combiner:
+    """Return the rule that `config` describes, with the attack that is to be played.
+
+    Args:
+        config: the settings.
+        num_workers: whose gradients are combined: replicas, or ranks where `strategy.worker` says so.
+        seed: of what is drawn.
+
+    Raises:
+        ConfigError: an argument that is refused, more faulty workers than the rule bears, an attacker who is
+            none of them, or a k of `strategy.fastest` that does not fit.
+
+    Example:
+        >>> from hardy.distributed.robust.config import RobustConfig
+        >>> build_combiner(RobustConfig(f=1), num_workers=2)
+        Traceback (most recent call last):
+        ...
+        hardy.config.ConfigError: 'trimmed_mean' after 'nnm' cannot bear strategy.f=1 among 2 workers; lower \
+it to at most 0, or let at least 3 workers take part
+    """
+    aggregator = build_aggregator(
+        config.rule,
+        num_faulty=config.f,
+        arguments=read_arguments(config.arguments, setting="strategy.arguments"),
+        pre=config.pre,
+        on_excess=config.on_excess,
+        seed=seed,
+        rows_are="workers",
+        history=config.history,
+    )
+    played = None
+    if config.attack.name != "none":
+        further = read_arguments(config.attack.arguments, setting="strategy.attack.arguments")
+        attack = build_attack(config.attack.name, arguments=further, seed=seed)
+        played = Played(attack=attack, workers=config.attack.workers, from_step=config.attack.from_step)
+    if config.fastest is not None:
+        config.fastest.check(replicas=num_workers, num_faulty=config.f)
+        aggregator.check(config.fastest.k)
+    return Combiner(aggregator, num_workers=num_workers, played=played)
