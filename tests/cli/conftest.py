@@ -113,10 +113,10 @@ parser.add_argument("--smoke", action="store_true")
 parser.add_argument("--write", action="store_true")
 options = parser.parse_args()
 folder = Path(__file__).parent
-with (folder / "calls.txt").open("a") as file:
+with (folder / "calls.log").open("a") as file:
     file.write(" ".join(sys.argv[1:]) + "\\n")
 print("[1/2] the first\\n[2/2] the second")
-value = (folder / "value.txt").read_text()
+value = (folder / "value.number").read_text()
 if value == "broken":
     sys.exit("the experiment broke")
 experiment = load_experiment(folder)
@@ -163,8 +163,8 @@ def toys(tmp_path):
         (folder / name).mkdir(parents=True)
         (folder / name / "run.py").write_text(TOY_SCRIPT)
         (folder / name / "expected.toml").write_text(TOY_CLAIMS)
-        (folder / name / "value.txt").write_text("0.5")
+        (folder / name / "value.number").write_text("0.5")
     words = [sys.executable, str(folder / "alpha" / "run.py"), "--out", str(tmp_path), "--write"]
     subprocess.run(words, check=True, capture_output=True)
-    (folder / "alpha" / "calls.txt").unlink()
+    (folder / "alpha" / "calls.log").unlink()
     return folder

@@ -68,7 +68,8 @@ def test_a_step_is_really_run(capsys):
     assert {each.lengths for each in measured} == set(rows_to_measure(128))
 
 
-def test_a_file_that_cannot_be_written(steady, capsys, tmp_path):
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(balance_profile, "measure", lambda *_, **__: pytest.fail("minutes were lost"))
     words = ["balance", "profile", "--cost", "1m", "--context", "512"]
     assert main([*words, "--out", str(tmp_path / "none" / "cost.json")]) == 2
     assert "cannot be written" in capsys.readouterr().err

@@ -51,6 +51,13 @@ def test_the_newest_checkpoint_that_can_be_read_tells_the_state(make_run):
     assert read_run(folder, name="a").totals["optimizer_state"] == 48
 
 
+@pytest.mark.parametrize("facts", ["[]", '{"starts": [3]}', "{}"])
+def test_a_note_of_starts_that_says_nothing_is_no_obstacle(make_run, facts):
+    folder = make_run("a")
+    (folder / "run.json").write_text(facts)
+    assert read_run(folder, name="a").name == "a"
+
+
 def test_places_on_every_axis(make_run):
     run = read_run(make_run("a"), name="a")
     assert run.training.x == {STEP: [1, 2, 3, 4], TOKENS: [100, 200, 300, 400], TIME: [0.5, 1.25, 1.75, 2.5]}

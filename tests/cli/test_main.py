@@ -88,12 +88,23 @@ def test_a_fault_of_ours_keeps_its_traceback_and_asks_for_a_report(monkeypatch, 
     assert "Traceback" in text and "ZeroDivisionError" in text and "please report it" in text
 
 
-def test_a_full_disk_is_no_fault(monkeypatch, capsys):
-    full = OSError(errno.ENOSPC, "No space left on device", "out.json")
-    monkeypatch.setattr(doctor, "version_verb", lambda arguments: (_ for _ in ()).throw(full))
+def test_nobody_needs_to_listen():
+    words = f"{sys.executable} -m hardy version <&- >&- 2>&-"
+    assert subprocess.run(words, shell=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "says", "way_out"),
+    [
+        (errno.ENOSPC, "No space left on device", "make room, or write elsewhere"),
+        (errno.EACCES, "Permission denied", "ask for the permission, or choose another place"),
+    ],
+)
+def test_what_the_system_refuses_is_no_fault(monkeypatch, capsys, number, says, way_out):
+    refusal = OSError(number, says, "out.json")
+    monkeypatch.setattr(doctor, "version_verb", lambda arguments: (_ for _ in ()).throw(refusal))
     assert main(["version"]) == 1
-    text = capsys.readouterr().err
-    assert text == "hardy: No space left on device (out.json); make room, or write elsewhere\n"
+    assert capsys.readouterr().err == f"hardy: {says} (out.json); {way_out}\n"
 
 
 @pytest.mark.parametrize(

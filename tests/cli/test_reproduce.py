@@ -56,7 +56,7 @@ def test_a_run_says_expected_got_and_what_the_repository_says(call):
 
 
 def test_a_claim_that_held_and_was_missed_ends_with_1(call, toys):
-    (toys / "alpha" / "value.txt").write_text("1.5")
+    (toys / "alpha" / "value.number").write_text("1.5")
     code, said, _ = call("all")
     assert code == 1
     assert "  missed  the gap is small" in said
@@ -64,13 +64,13 @@ def test_a_claim_that_held_and_was_missed_ends_with_1(call, toys):
 
 
 def test_a_claim_that_was_missed_in_the_repository_too_ends_with_0(call, toys):
-    (toys / "alpha" / "value.txt").write_text("1.5")
+    (toys / "alpha" / "value.number").write_text("1.5")
     assert call("alpha", "--write")[0] == 1, "it is held against what stood there before"
     assert call("alpha", "--force")[0] == 0
 
 
 def test_an_experiment_that_breaks_does_not_stop_the_others(call, toys):
-    (toys / "alpha" / "value.txt").write_text("broken")
+    (toys / "alpha" / "value.number").write_text("broken")
     code, said, _ = call("all")
     assert code == 1
     assert "alpha failed with exit code 1:" in said
@@ -80,7 +80,7 @@ def test_an_experiment_that_breaks_does_not_stop_the_others(call, toys):
 
 
 def test_smoke_proves_nothing(call, toys):
-    (toys / "alpha" / "value.txt").write_text("1.5")
+    (toys / "alpha" / "value.number").write_text("1.5")
     code, said, _ = call("all", "--smoke")
     assert code == 0
     assert said.count("s (smoke: proves nothing)") == 2

@@ -14,10 +14,11 @@ from hardy.cli import reproduce_runs as runs
 from hardy.cli.failure import CommandFailedError
 from hardy.cli.reproduce_results import load_experiment, load_result
 from hardy.cli.reproduce_runs import PlainProgress, Runner
+from hardy.config import UserError
 
 
 def calls(folder):
-    path = folder / "calls.txt"
+    path = folder / "calls.log"
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -36,6 +37,12 @@ def test_a_run_is_shown_kept_and_not_repeated(toys, tmp_path):
     assert runner.run(experiment, nothing).got == result.got
     assert len(calls(toys / "beta")) == 1
     assert not (toys / "beta" / "results").exists()
+
+
+def test_an_out_that_cannot_be_made_is_named(toys, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out .*/file cannot be written: Not a directory"):
+        Runner(out=tmp_path / "file", jobs=1).run(load_experiment(toys / "beta"), nothing)
 
 
 def test_changed_settings_or_force_or_another_library_run_again(toys, tmp_path, monkeypatch):
@@ -70,7 +77,7 @@ def test_a_smoke_run_leaves_nothing(toys, tmp_path):
 
 
 def test_an_experiment_that_breaks_shows_its_last_lines(toys, tmp_path):
-    (toys / "beta" / "value.txt").write_text("broken")
+    (toys / "beta" / "value.number").write_text("broken")
     with pytest.raises(CommandFailedError, match=r"beta failed with exit code 1:[^$]*the experiment broke"):
         Runner(out=tmp_path / "out", jobs=1).run(load_experiment(toys / "beta"), nothing)
 

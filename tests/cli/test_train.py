@@ -12,6 +12,7 @@ from hardy.cli import plots
 from hardy.cli import train as train_module
 from hardy.cli.main import main
 from hardy.train import run
+from hardy.train.folder import RunFolder
 from hardy.train.loop import RunFailedError
 
 
@@ -172,6 +173,15 @@ def test_resume_with_a_model_folder_that_is_not_there_is_refused_at_once(finishe
     monkeypatch.setattr(run, "resume", lambda *_, **__: pytest.fail("the data would be prepared first"))
     assert main(["resume", str(finished_run), "--model.name", "hf:/nowhere"]) == 2
     assert "there is no /nowhere/config.json" in errors(capsys)
+
+
+def test_workers_are_not_started_in_a_folder_in_which_another_process_trains(
+    finished_run, monkeypatch, capsys
+):
+    monkeypatch.setattr(train_module, "run_workers", lambda *_: pytest.fail("processes were started"))
+    with RunFolder(finished_run).locked():
+        assert main(["resume", str(finished_run), "--workers", "2"]) == 2
+    assert "another process is training in" in errors(capsys)
 
 
 def test_the_next_run_folder_counts_on_from_the_highest(tmp_path, monkeypatch, small, capsys):

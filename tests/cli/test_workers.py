@@ -86,13 +86,13 @@ def test_when_one_fails_the_others_are_told_to_end_and_its_code_counts(play):
 
 
 @pytest.mark.mp
-def test_a_worker_that_does_not_end_is_killed(play, monkeypatch):
+def test_a_worker_that_does_not_end_is_killed_and_is_not_the_cause(play, monkeypatch):
     monkeypatch.setattr(workers, "GRACE_S", 0.2)
     body = """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(1) if rank == 0 else time.sleep(60)
+    sys.exit(2) if rank == 0 else time.sleep(60)
     """
-    assert play(body) == 1
+    assert play(body) == 2
 
 
 @pytest.mark.mp

@@ -143,3 +143,19 @@ def test_a_setting_within_a_preset_leaves_the_rest_of_the_preset():
     other = configured(name="edit", anomaly={"name": "finite"}, outer={"name": "torch.optim.Adam", "lr": 0.1})
     assert other.anomaly.name == "finite" and not hasattr(other.outer, "momentum")
     assert from_dict(TrainConfig, {"strategy": {"mesh": {"shards": 2}}}).strategy.mesh.shards == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"name": "dstar", "f": 0}, "rule='dstar' needs the gradient of a trusted batch; give Trained a"),
+        ({"name": "robust", "f": 0, "fastest": {"k": 1}}, "strategy.fastest needs a coordinator"),
+    ],
+)
+def test_what_a_loop_of_ones_own_must_give_is_named(settings, text):
+    model, comm = nn.Linear(2, 2), Alone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grid = split(comm, replicas=1, shards=1)
+    trained = Trained(model=model, optimizer=optimizer, unit_names=[], comm=comm, grid=grid)
+    with pytest.raises(ConfigError, match=text):
+        build_strategy(configured(**settings), trained)

@@ -1,6 +1,7 @@
 """The run folder refuses what belongs to another run and says what differs."""
 
 import json
+import os
 
 import pytest
 
@@ -158,6 +159,14 @@ def test_a_file_is_no_run_folder(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="run is a file; choose another --run-dir"):
         RunFolder(tmp_path / "run").check_new(TrainConfig())
+    with pytest.raises(UserError, match="cannot be written: .*/run takes no new files; choose another"):
+        RunFolder(tmp_path / "run" / "a" / "b").check_new(TrainConfig())
+
+
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK))
+    with pytest.raises(UserError, match=f"a/b cannot be written: {tmp_path} takes no new files"):
+        RunFolder(tmp_path / "a" / "b").check_new(TrainConfig())
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def profile_action(arguments: argparse.Namespace) -> int:
     me, num_workers = who_works(arguments.workers, os.environ)
     if num_workers & (num_workers - 1):
         raise UserError(f"groups have 2, 4, 8, ... workers; give such a --workers, got {num_workers}")
+    if arguments.out is not None and not os.access(arguments.out.parent, os.W_OK):  # before it takes minutes
+        raise UserError(f"--out {arguments.out} cannot be written: {arguments.out.parent} takes no files")
     if num_workers > me.size:
         return run_workers(num_workers, _words(arguments))
     device = choose_hardware("auto", "fp32", local_rank=me.local_rank).device

@@ -63,6 +63,9 @@ _ABOUT_THE_DISK = dict.fromkeys(
 
 def run() -> None:
     """Entry point of the command."""
+    for name in ("stdin", "stdout", "stderr"):  # in this order each gets its own number, also for workers
+        if getattr(sys, name) is None:  # was closed, as by `hardy ... >&-`
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
     logging.basicConfig(level=logging.WARNING, format="hardy: %(message)s")
     sys.exit(main(sys.argv[1:]))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hardy.cli.failure import CommandFailedError
 from hardy.cli.reproduce_results import RESULT_FILE, Experiment, Result, library_hash, load_result
+from hardy.config import UserError, reason_of
 
 PROGRESS = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 """How `run.py` says that one more trial is done."""
@@ -61,7 +62,10 @@ class Runner:
         held = None if self.write else self.finished(experiment)
         if held is not None:
             return held
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.out} cannot be written: {reason_of(error)}") from None
         self._call(experiment, folder, show)
         result = load_result(folder / RESULT_FILE.name)
         if result is None:

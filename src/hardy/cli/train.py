@@ -101,6 +101,8 @@ def resume_verb(arguments: argparse.Namespace) -> int:
     _check_rule(config, plan_run(config, num_workers=num_workers))
     check_folder(config.model.name)
     if num_workers > me.size:
+        with RunFolder(run_dir).locked():  # or one worker would be refused while the others wait for it
+            pass
         words = ["resume", str(run_dir), *arguments.settings]
         return _launch(config, run_dir, num_workers, [*words, *(["--json"] if arguments.json else [])])
     from hardy.train import run

@@ -277,6 +277,7 @@ def forwarded_signals() -> Iterator[list[int]]:
 def _wait(workers: Sequence["subprocess.Popen[bytes]"], received: Sequence[int]) -> int:
     """Wait until all have ended; hand signals on, and end the rest when one has failed."""
     forwarded, deadline_s = 0, None
+    deaf: list[subprocess.Popen[bytes]] = []
     while any(worker.poll() is None for worker in workers):
         for number in received[forwarded:]:
             tell(workers, number)
@@ -284,7 +285,10 @@ def _wait(workers: Sequence["subprocess.Popen[bytes]"], received: Sequence[int])
         if deadline_s is None and not received and any(worker.poll() for worker in workers):
             tell(workers, signal.SIGTERM)
             deadline_s = time.monotonic() + GRACE_S
-        if deadline_s is not None and time.monotonic() > deadline_s:
-            tell(workers, signal.SIGKILL)
+        if not deaf and deadline_s is not None and time.monotonic() > deadline_s:
+            deaf = [worker for worker in workers if worker.poll() is None]
+            tell(deaf, signal.SIGKILL)
         time.sleep(POLL_S)
-    return joint_code([worker.wait() for worker in workers], received[0] if received else None)
+    # One that we had to kill has not failed of itself: it waited for the one that has.
+    codes = [-signal.SIGTERM if worker in deaf else worker.wait() for worker in workers]
+    return joint_code(codes, received[0] if received else None)

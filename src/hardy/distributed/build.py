@@ -48,7 +48,7 @@ from hardy.distributed.robust.hooks import RobustRanks
 from hardy.distributed.robust.sender import Sender
 from hardy.distributed.robust.strategy import Robust
 from hardy.distributed.robust.trusted import TrustedGradient
-from hardy.distributed.sharded import bare
+from hardy.distributed.sharded import bare, check_same
 from hardy.distributed.strategy import Strategy, Synchronous, watch_units
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,11 @@ def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strat
         return RobustRanks(model, trained.comm, combine)
     trusted = None
     if config.needs_trusted:
-        assert trained.draw_trusted is not None, "whoever builds a run gives it where the settings need it"
+        if trained.draw_trusted is None:
+            raise ConfigError(
+                f"strategy.rule={config.rule!r} needs the gradient of a trusted batch; give Trained a "
+                f"draw_trusted that adds it to grad, or choose another rule"
+            )
         trusted = TrustedGradient(
             [param for param in model.parameters() if param.requires_grad],
             trained.draw_trusted,
@@ -156,7 +160,11 @@ def _build_robust(config: RobustConfig | DStarConfig, trained: Trained) -> Strat
             momentum=config.worker_momentum,
             trusted=trusted,
         )
-    assert trained.elect is not None, "whoever builds a run gives it where the settings need it"
+    if trained.elect is None:
+        raise ConfigError(
+            "strategy.fastest needs a coordinator, which `hardy train` starts; in a loop of your own give "
+            "Trained an elect that returns a FastestGroup, or leave strategy.fastest out"
+        )
     return FastestRobust(
         trained.optimizer,
         sender=Sender(model, inner=grid.inner, momentum=config.worker_momentum, trusted=trusted),
@@ -253,5 +261,11 @@ STRATEGIES: dict[str, Callable[[Any, Trained], Strategy]] = {
 
 
 def build_strategy(config: StrategyConfig, trained: Trained) -> Strategy:
-    """Return the strategy that `config` describes."""
+    """Return the strategy that `config` describes; all workers of `trained.comm` call it together.
+
+    Raises:
+        ConfigError: a setting that these workers or this model cannot have.
+        UserError: the workers of real processes hold different models or settings.
+    """
+    check_same(trained.model, trained.comm, settings=repr(config))
     return STRATEGIES[config.name](config, trained)

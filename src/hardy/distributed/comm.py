@@ -309,13 +309,16 @@ class TorchComm:
         """
         own = own_group(groups, rank=self.rank, num_workers=self.size)
         timeout = None if self.timeout_s is None else timedelta(seconds=self.timeout_s)
-        if self.group is None:  # all processes make all groups, in the same order
-            made = [dist.new_group(list(group), timeout=timeout) for group in groups]
-            group = made[[list(members) for members in groups].index(own)]
-        else:
-            of_world = dist.get_process_group_ranks(self.group)
-            members = [of_world[rank] for rank in own]
-            group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        try:
+            if self.group is None:  # all processes make all groups, in the same order
+                made = [dist.new_group(list(group), timeout=timeout) for group in groups]
+                group = made[[list(members) for members in groups].index(own)]
+            else:
+                of_world = dist.get_process_group_ranks(self.group)
+                members = [of_world[rank] for rank in own]
+                group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        except RuntimeError as error:
+            raise _lost(self, "divide", error) from error
         assert isinstance(group, dist.ProcessGroup), "this process is in its own group"
         return TorchComm(group, clock=self.clock, timeout_s=self.timeout_s)
 

@@ -5,6 +5,7 @@ successor, one DTensor per parameter. Every wrapper averages gradients over all 
 pass a parameter's `grad` is whole under DDP and this worker's shard under FSDP2 and HSDP.
 """
 
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, dis
 from torch.nn.parallel import DistributedDataParallel
 
 from hardy._compat import sync_buffers_option
-from hardy.config import ConfigError
+from hardy.config import ConfigError, UserError
 from hardy.distributed.comm import Communicator, TorchComm
 
 Sharding: TypeAlias = tuple[DeviceMesh, tuple[Placement, ...]]
@@ -92,6 +93,35 @@ def _mesh(comm: TorchComm, device_type: str, *, replicas: int, shards: int) -> D
     if replicas == 1:
         return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (replicas, shards), mesh_dim_names=("replicate", "shard"))
+
+
+def check_same(model: nn.Module, comm: Communicator, *, settings: str) -> None:
+    """Refuse real processes whose models or settings differ: gloo would end one of them without a word.
+
+    Simulated workers are told at their first collective.
+
+    Args:
+        model: as it is trained; names, whole shapes, dtypes and what trains must be alike, values need not.
+        comm: who must hold the same.
+        settings: of the strategy, in words.
+
+    Raises:
+        UserError: on all of them.
+    """
+    if comm.size == 1 or not isinstance(comm, TorchComm):
+        return
+    layout = [
+        (name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in bare(model).named_parameters()
+    ]
+    prints = [zlib.crc32(repr(text).encode()) for text in (layout, settings)]
+    device = next((param.device for param in model.parameters()), None)
+    rows = comm.all_gather(torch.tensor(prints, dtype=torch.int64, device=device)).tolist()
+    for column, what in enumerate(("parameters (names, shapes, dtypes, which train)", "strategy settings")):
+        others = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]
+        if others:
+            raise UserError(
+                f"workers {others} have other {what} than worker 0; give all the same model and settings"
+            )
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -73,7 +73,7 @@ class RunFolder:
         """Refuse a folder in which no new run of `config` can begin.
 
         Raises:
-            UserError: it holds a run already, or files that are none of ours.
+            UserError: it holds a run already, or files that are none of ours, or cannot be made.
         """
         if self.config_file.exists():
             differences = list(
@@ -99,6 +99,12 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; choose another --run-dir")
         if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:
             raise UserError(f"{self.path} is not empty and holds no run; choose another --run-dir")
+        parent = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise UserError(
+                f"run folder {self.path} cannot be written: {parent} takes no new files; choose another "
+                f"--run-dir"
+            )
 
     def create(self, config: TrainConfig, *, command: Sequence[str], num_workers: int = 1) -> None:
         """Make the folder of a new run; refuses as `check_new` does."""

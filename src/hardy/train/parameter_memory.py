@@ -131,11 +131,17 @@ def routed_weights(groups: Iterable[Mapping[str, Any]]) -> list[Weight]:
 
 def held_for(weights: Iterable[Weight], choice: Choice) -> Held:
     """Return what one worker holds for these parameters, of uneven shards the largest."""
+    weights = list(weights)
     each = [_held_for_one(weight, choice, preset(choice.optimizer)) for weight in weights]
     gradients = [held.gradients for held in each]
-    # Released without shards, one parameter is updated at a time; else all whose sketches fit together.
-    one_by_one = choice.releases and choice.shards == 1
-    sketches = (max if one_by_one else sum)(held.sketches for held in each)
+    # With shards, sketches wait for the others' parts, all that fit together. Without, those of one shape are
+    # made and used at once, as many as fit; released, one.
+    together: dict[tuple[int, ...], list[int]] = {}
+    for weight, held in zip(weights, each, strict=True):
+        together.setdefault(weight.shape if choice.shards == 1 else (), []).append(held.sketches)
+    sketches = max(
+        (max if choice.releases and choice.shards == 1 else sum)(some) for some in together.values()
+    )
     temporaries = [held.temporaries for held in each]
     # On a GPU torch's SGD works on the gradients of all parameters at once.
     at_once = sum if choice.device == "cuda" and preset(choice.optimizer).kind == "sgd" else max

@@ -106,7 +106,6 @@ def assemble(
     check_context(getattr(model, "context_tokens", None), document_tokens=document_tokens)
     num_parameters = sum(p.numel() for p in model.parameters())
     same_run = identity(config, corpus, model)
-    # What int8 weights are quantised in; none where weights stay what they are.
     int8_group = config.optim.group_columns if isinstance(config.optim, QAPOLLOConfig) else None
     together = replace(sizes, num_workers=grid.inner.size, replicas=grid.inner.size // sizes.shards)
     model = place_model(

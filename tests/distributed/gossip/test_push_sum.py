@@ -70,7 +70,9 @@ class Replica:
 )
 def test_bytes_are_out_degree_times_parameters(config, out_degree, bytes_each):
     def body(comm):
-        replica = Replica(comm, config, model=nn.Sequential(nn.Linear(4, 5000), nn.Linear(5000, 2)))
+        replica = Replica(
+            comm, config, model=nn.Sequential(nn.Linear(4, 5000), nn.Identity(), nn.Linear(5000, 2))
+        )
         for t in range(4):
             replica.step(t, learn=False)
         return comm.bytes_sent / 4, sum(param.numel() for param in replica.model.parameters())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hardy.config import ConfigError
 from hardy.distributed.local.units import Units
 
 
@@ -58,3 +59,11 @@ def test_whole_numbers_are_refused():
     model.count = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="parameter count is torch.complex64; only floating parameters"):
         Units(model, [])
+
+
+def test_units_that_are_none_and_models_that_do_not_train_are_refused():
+    model = nn.Sequential(nn.Linear(2, 1))
+    with pytest.raises(ConfigError, match="no submodule to be a unit, 'blocks.0'. Known: 0"):
+        Units(model, ["blocks.0"])
+    with pytest.raises(ConfigError, match="no parameter that trains"):
+        Units(model.requires_grad_(False), ["0"])

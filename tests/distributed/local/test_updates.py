@@ -19,7 +19,6 @@ from hardy.distributed.config import (
     DiLoCoConfig,
     EDiTConfig,
     LocalSGDConfig,
-    MeshConfig,
     OuterSGDConfig,
     OuterTorchConfig,
     PostLocalSGDConfig,
@@ -657,22 +656,31 @@ def test_gradients_of_the_warm_up_are_averaged_also_where_a_replica_has_none():
     assert torch.equal(*weights)
 
 
-def test_units_say_what_they_cannot_exchange():
-    config = local(4)
-    model = model_of()
-    assert MeshConfig().sizes(2) == (2, 1)
+def test_a_model_whose_parameters_were_given_other_memory_still_meets():
+    """As `model.to` does."""
 
     def body(comm):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        grid = split(comm, replicas=1, shards=1)
-        trained = Trained(model=model, optimizer=optimizer, unit_names=["nowhere"], comm=comm, grid=grid)
-        return build_strategy(config, trained).units.sizes
+        run = Run(comm, LocalSGDConfig(every_steps=2, outer=PLAIN))
+        for param in run.model.parameters():
+            param.data = param.data.clone()
+        run.step()
+        run.step()
+        return run.weights()
 
-    (sizes,) = SimWorld(1).run(body)
-    assert sizes == (
-        sum(p.numel() for p in model.parameters()),
-        0,
-    )  # an empty unit is exchanged like any other
+    first, second = SimWorld(2).run(body)
+    assert torch.equal(first, second)
+
+
+def test_replicas_that_mix_end_with_the_same_weights():
+    def body(comm):
+        run = Run(comm, StreamingDiLoCoConfig(every_steps=4, fragments=2, delay_steps=1, mix=0.5))
+        for _ in range(6):
+            run.step()
+        run.strategy.finish()
+        return run.weights(), torch.cat([run.strategy.units.read(unit) for unit in range(4)]), run.anchor()
+
+    (first, _, _), (second, inside, anchor) = SimWorld(2).run(body)
+    assert torch.equal(first, second) and torch.equal(inside, anchor)
 
 
 # ---- Replicas that die and come ----------------------------------------------------------------------------

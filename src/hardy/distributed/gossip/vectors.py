@@ -25,12 +25,16 @@ BUFFERS = "buffers"
 class Piece:
     """One parameter or buffer in its vector."""
 
-    local: Tensor
-    """What this worker holds of it; shares its memory."""
+    whole: Tensor
     begin: int
     """Its first element in the vector."""
     origin: int
     """Its first local element, counted over the whole model."""
+
+    @property
+    def local(self) -> Tensor:
+        """What this worker holds of it, in its memory of now: `model.to` may give it another."""
+        return local_part(self.whole).detach()
 
     @property
     def end(self) -> int:
@@ -68,24 +72,24 @@ class Vectors:
         """Of the whole model, buffers that are mixed included."""
         self.pieces: list[list[Piece]] = []
         for unit in range(len(self.units)):
-            self._add([(param, local_part(param).detach()) for param in self.units.parameters(unit)])
+            self._add(self.units.parameters(unit))
         self.parameter_sets = len(self.pieces)
         """Vectors of parameters; one of buffers may follow."""
         if with_buffers:
             floating = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
             self.names.append(BUFFERS)
-            self._add([(buffer, buffer) for buffer in floating])
+            self._add(floating)
         self.sizes = tuple(pieces[-1].end if pieces else 0 for pieces in self.pieces)
         """Elements of each vector on this worker."""
 
     def __len__(self) -> int:
         return len(self.pieces)
 
-    def _add(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _add(self, tensors: Sequence[Tensor]) -> None:
         pieces: list[Piece] = []
-        for whole, local in tensors:
+        for whole in tensors:
             begin = pieces[-1].end if pieces else 0
-            pieces.append(Piece(local, begin, self.num_parameters + _offset(whole)))
+            pieces.append(Piece(whole, begin, self.num_parameters + _offset(whole)))
             self.num_parameters += whole.numel()
         self.pieces.append(pieces)
 

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hardy.config import ConfigError, unknown_name
+from hardy.distributed.sharded import local_part
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
@@ -18,10 +21,13 @@ class _Piece:
 
     name: str
     param: Tensor
-    local: Tensor
-    """What this worker holds; shares the parameter's memory."""
     begin: int
     end: int
+
+    @property
+    def local(self) -> Tensor:
+        """What this worker holds, in the parameter's memory of now: `model.to` may give it another."""
+        return local_part(self.param).detach()
 
 
 class Units:
@@ -32,6 +38,7 @@ class Units:
         names: submodules that are units, in the order of the forward pass. What they leave is unit 0.
 
     Raises:
+        ConfigError: no parameter trains, or a unit is named that is none.
         ValueError: a parameter is sharded over a mesh of several dimensions, or is not a floating tensor.
 
     Example:
@@ -41,6 +48,12 @@ class Units:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        known = {".".join(_unwrapped(name)) for name, _ in model.named_modules()} - {""}
+        for name in names:
+            if name not in known:
+                raise ConfigError(unknown_name(name, "submodule to be a unit,", known))
+        if not any(param.requires_grad for param in model.parameters()):
+            raise ConfigError("the model has no parameter that trains, so replicas have nothing to exchange")
         self.names = ("", *names)
         """Of the units; the first, the root, has none."""
         self._pieces: list[list[_Piece]] = [[] for _ in self.names]
@@ -62,9 +75,8 @@ class Units:
 
     def _add(self, unit: int, name: str, param: Tensor) -> None:
         pieces = self._pieces[unit]
-        local = (param.to_local() if isinstance(param, DTensor) else param).detach()
         begin = pieces[-1].end if pieces else 0
-        pieces.append(_Piece(name, param, local, begin, begin + local.numel()))
+        pieces.append(_Piece(name, param, begin, begin + local_part(param).numel()))
 
     def parameters(self, unit: int) -> list[Tensor]:
         """Return the parameters of a unit."""
@@ -86,10 +98,11 @@ class Units:
             mix: the share of their own values that they keep.
         """
         for piece in self._pieces[unit]:
-            new = values_n[piece.begin : piece.end].view(piece.local.shape).to(piece.local.device)
+            local = piece.local
+            new = values_n[piece.begin : piece.end].view(local.shape).to(local.device)
             if mix:
-                new = torch.lerp(new, piece.local.float(), mix)
-            piece.local.copy_(new)
+                new = torch.lerp(new, local.float(), mix)
+            local.copy_(new)
 
     def named(self, unit: int, values_n: Tensor) -> dict[str, Tensor]:
         """Return a vector as tensors by parameter, laid out as the parameters are, sharing its memory."""
@@ -108,9 +121,13 @@ class Units:
 
 def _heads(name: str) -> Iterable[str]:
     """Yield the submodules that a parameter's name goes through, the innermost first; wrappers left out."""
-    parts = [part for part in name.split(".") if part not in ("module", "_orig_mod")]
+    parts = _unwrapped(name)
     for length in range(len(parts) - 1, 0, -1):
         yield ".".join(parts[:length])
+
+
+def _unwrapped(name: str) -> list[str]:
+    return [part for part in name.split(".") if part not in ("module", "_orig_mod")]
 
 
 def _check(name: str, param: Tensor) -> None:

@@ -158,6 +158,8 @@ class LocalUpdates(Strategy):
             with self._waiting():
                 for fragment in range(self.manner.fragments):
                     self._meet(self._units_of(fragment), is_last=True)
+                for unit, anchor_n in enumerate(self.anchors):  # `mix` left some of each replica's own
+                    self.units.write(unit, anchor_n)
 
     @contextmanager
     def evaluation_parameters(self) -> Iterator[None]:
