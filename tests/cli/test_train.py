@@ -175,13 +175,15 @@ def test_resume_with_a_model_folder_that_is_not_there_is_refused_at_once(finishe
     assert "there is no /nowhere/config.json" in errors(capsys)
 
 
-def test_workers_are_not_started_in_a_folder_in_which_another_process_trains(
+def test_workers_are_not_started_where_another_process_trains_or_a_rule_would_refuse_them(
     finished_run, monkeypatch, capsys
 ):
     monkeypatch.setattr(train_module, "run_workers", lambda *_: pytest.fail("processes were started"))
     with RunFolder(finished_run).locked():
         assert main(["resume", str(finished_run), "--workers", "2"]) == 2
     assert "another process is training in" in errors(capsys)
+    assert main(["resume", str(finished_run), "--workers", "2", "--strategy", "robust"]) == 2
+    assert "cannot bear strategy.f=1 among 2 workers" in errors(capsys)
 
 
 def test_the_next_run_folder_counts_on_from_the_highest(tmp_path, monkeypatch, small, capsys):
