@@ -5,13 +5,12 @@ they go to our own planner, so what is left of the difference to `plan` is what 
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from hardy.balance.cost import Integers, LengthCostModel
-from hardy.balance.plan import MicroBatch, Objective, Plan, step_time
-from hardy.balance.planner import finished, lower_bound, plan, sort_lengths
+from hardy.balance.plan import Objective, Plan, step_time
+from hardy.balance.planner import finished, lay_out, lower_bound, plan, sort_lengths
 from hardy.config import UserError
 
 BUCKETS = 16
@@ -44,13 +43,12 @@ def bucketed_groups(
     seen = edges[np.searchsorted(edges, given)]
     made = plan(seen, world_size=world_size, cost=cost, objective=objective)
 
-    def told(batch: MicroBatch) -> MicroBatch:
-        own = given[list(batch.sequences)]
-        scheme = cost.of(batch.group.scheme)
-        time = float(scheme.times(own).sum()) + scheme.c if own.size else 0.0
-        return replace(batch, tokens=int(own.sum()), cost=time)
-
-    slots = [tuple(told(batch) for batch in slot) for slot in made.slots]
+    place = np.argsort(order)
+    work = [
+        [(cost.of(batch.group.scheme), np.sort(place[list(batch.sequences)])) for batch in slot]
+        for slot in made.slots
+    ]
+    slots = lay_out(work, tokens, order)
     bound = lower_bound(tokens, cost.context_schemes(world_size), world_size=world_size, objective=objective)
     time = step_time(slots, objective)
     return finished(slots, bound, order, world_size=world_size, objective=objective, cost=time)
@@ -75,7 +73,7 @@ def bucket_edges(lengths: Integers, num_buckets: int) -> Integers:
         return different
     number = np.concatenate(([0], np.cumsum(counts)))
     total = np.concatenate(([0], np.cumsum(counts * different)))
-    # added[i, j]: tokens that lengths i to j - 1 gain in one bucket, whose edge is length j - 1
+    # added[i, j]: tokens that lengths i to j gain in one bucket, whose edge is length j; inf where i > j
     added = different * (number[1:] - number[:-1, None]) - (total[1:] - total[:-1, None])
     added = np.where(np.arange(different.size)[:, None] <= np.arange(different.size), added, np.inf)
     best = added[0]

@@ -91,10 +91,8 @@ class RunFolder:
                 f"run folder {self.path} belongs to another config: {shown}; choose another --run-dir, or go "
                 f"on with that run by `hardy resume {self.path}`"
             )
-        ours = {
-            *_OF_A_START,
-            *(f"{name}.tmp" for name in _OF_A_START),
-        }  # what a start that was cut off leaves
+        # What a start that was cut off leaves.
+        ours = {*_OF_A_START, *(f"{name}.tmp" for name in _OF_A_START)}
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another --run-dir")
         if self.path.exists() and {child.name for child in self.path.iterdir()} - ours:

@@ -139,9 +139,8 @@ def held_for(weights: Iterable[Weight], choice: Choice) -> Held:
     together: dict[tuple[int, ...], list[int]] = {}
     for weight, held in zip(weights, each, strict=True):
         together.setdefault(weight.shape if choice.shards == 1 else (), []).append(held.sketches)
-    sketches = max(
-        (max if choice.releases and choice.shards == 1 else sum)(some) for some in together.values()
-    )
+    at_a_time = max if choice.releases and choice.shards == 1 else sum
+    sketches = max(map(at_a_time, together.values()))
     temporaries = [held.temporaries for held in each]
     # On a GPU torch's SGD works on the gradients of all parameters at once.
     at_once = sum if choice.device == "cuda" and preset(choice.optimizer).kind == "sgd" else max

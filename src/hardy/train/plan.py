@@ -173,7 +173,7 @@ def _check_balance(config: TrainConfig) -> None:
             f"{config.strategy.name!r} lets each have its own; set strategy.name to synchronous, or "
             f"balance.mode to none"
         )
-    if config.model.name.startswith("hf:"):
+    if config.model.name.startswith(HF_PREFIX):
         raise ConfigError(
             f"balance.mode={config.balance.mode!r} needs a model whose attention can be shared, and model."
             f"name={config.model.name!r} brings its own; set balance.mode to none"
