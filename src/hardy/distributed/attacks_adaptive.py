@@ -13,11 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError
+from hardy.config import ConfigError, NonNegativeInt, PositiveFloat, PositiveInt
 from hardy.distributed.attacks_informed import Alie, Ipm
 from hardy.distributed.attacks_stage import (
     Attack,
     Chunk,
+    Finite,
     Stage,
     dot,
     exact,
@@ -80,9 +81,9 @@ class _AgainstTrusted(Attack):
 class Edge(_AgainstTrusted):
     """Just inside the middle distance to the trusted gradient, with a hair of agreement: t g_v - L u."""
 
-    reach: float = 0.95
+    reach: Finite = 0.95
     """Of the lower median of the honest distances to g_v."""
-    along: float = 1e-3
+    along: Finite = 1e-3
     """t: how many g_v; above 0, so that the dot product is."""
 
     def _lengths(
@@ -96,12 +97,8 @@ class Edge(_AgainstTrusted):
 class Cosine(_AgainstTrusted):
     """As long as the trusted gradient, and turned away from it as far as honest ones are."""
 
-    q: float = 1.05
+    q: PositiveFloat = 1.05
     """From 0.5: in median honest cosines with g_v (kept from 0.02 to 0.99); below 0.5: the cosine itself."""
-
-    def __post_init__(self) -> None:
-        if self.q <= 0 or self.q != self.q:
-            raise ConfigError(f"cosine.q={self.q} must be above 0")
 
     def _lengths(
         self, dots_H: Tensor, squares_H: Tensor, away2_H: Tensor, gv2: Tensor
@@ -125,14 +122,8 @@ class Optimal(Attack):
     needs = "honest"
     base: Literal["ipm", "alie"] = "ipm"
     """Which family of vectors."""
-    evaluations: int = 20
+    evaluations: PositiveInt = 20
     """How often the rule is tried."""
-
-    def __post_init__(self) -> None:
-        if self.base not in ("ipm", "alie"):
-            raise ConfigError(f"optimal.base={self.base!r} must be 'ipm' or 'alie'")
-        if self.evaluations < 1:
-            raise ConfigError(f"optimal.evaluations={self.evaluations} must be at least 1")
 
     def play(self, stage: Stage) -> None:
         """Search from 0 by steps of 10, doubled while it gets worse for the rule, then shrunk by 0.8."""
@@ -182,9 +173,9 @@ class Mimic(Attack):
     """
 
     needs = "honest"
-    worker: int = 0
+    worker: NonNegativeInt = 0
     """Which honest row is copied without a warm-up; after the last comes the first again."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = 0
     """Steps for which the direction is learned; 0 copies `worker`."""
     _direction: list[Tensor] = field(init=False, repr=False, default_factory=list)
     """z, by block, fp32."""
@@ -193,10 +184,7 @@ class Mimic(Attack):
     _target: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
-        if self.worker < 0 or self.warmup_steps < 0:
-            raise ConfigError(
-                f"mimic.worker={self.worker} and mimic.warmup_steps={self.warmup_steps} must be at least 0"
-            )
+        super().__post_init__()
         self._target = self.worker
 
     def play(self, stage: Stage) -> None:

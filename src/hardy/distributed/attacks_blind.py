@@ -5,13 +5,13 @@ Letters: A attackers, c columns of a chunk, D columns of the whole stack, k step
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError
-from hardy.distributed.attacks_stage import Attack, Chunk, Stage, dot, exact, normal_from, uniform_at
+from hardy.config import ConfigError, NonNegativeFloat, PositiveInt, Range
+from hardy.distributed.attacks_stage import Attack, Chunk, Finite, Stage, dot, exact, normal_from, uniform_at
 from hardy.rng import seed_for
 
 EXPONENTS = {
@@ -52,7 +52,7 @@ class Inf(Zero):
 class Huge(Attack):
     """The same finite number everywhere, whose square leaves fp32."""
 
-    value: float = 1e20
+    value: Finite = 1e20
     """The number."""
 
     def play(self, stage: Stage) -> None:
@@ -93,7 +93,7 @@ class SignFlip(Attack):
 class Gaussian(Attack):
     """Noise instead of a gradient."""
 
-    sd: float = 10.0
+    sd: NonNegativeFloat = 10.0
     """Standard deviation of each number."""
 
     def play(self, stage: Stage) -> None:
@@ -110,12 +110,8 @@ class Gaussian(Attack):
 class BitFlip(Attack):
     """The worker's own gradient after a fault of the hardware: exponent bits turned over at random."""
 
-    share: float = 1e-3
+    share: Annotated[float, Range(above=0, most=1)] = 1e-3
     """Of the numbers that lose a bit."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ConfigError(f"bit_flip.share={self.share} of the numbers must be above 0 and at most 1")
 
     def play(self, stage: Stage) -> None:
         """Turn over one bit of the exponent of some numbers."""
@@ -141,7 +137,7 @@ class Drift(Attack):
     steps x the worker's own gradient.
     """
 
-    growth: float = 0.01
+    growth: Finite = 0.01
     """Of the bias, per step, in lengths of the worker's own gradient."""
 
     def play(self, stage: Stage) -> None:
@@ -164,14 +160,10 @@ class Stale(Attack):
     Keeps `steps` gradients of each attacker.
     """
 
-    steps: int = 10
-    """k: how old the gradient is."""
+    steps: PositiveInt = 10
+    """k: how old the gradient is; replay keeps one for ever."""
     _kept: dict[int, list[list[Tensor]]] = field(init=False, repr=False, default_factory=dict)
     """By row: own gradients, oldest first, as one vector for each block."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"stale.steps={self.steps} must be at least 1; replay keeps one for ever")
 
     def play(self, stage: Stage) -> None:
         """Keep the attackers' gradients and write old ones."""

@@ -8,17 +8,19 @@ deviation of each column, p direction, gamma how far along it.
 Differs from the papers: gamma of min-max and min-sum is the root of a quadratic, not found by bisection.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError
+from hardy.config import Range
 from hardy.distributed.attacks_stage import (
     Attack,
     Chunk,
+    Finite,
     Stage,
     deviation_of,
     dot,
@@ -41,7 +43,7 @@ class Ipm(Attack):
     """
 
     needs = "honest"
-    strength: float = 0.5
+    strength: Finite = 0.5
     """epsilon: 0.5 hides among the honest, 10 is crude."""
 
     def play(self, stage: Stage) -> None:
@@ -54,14 +56,10 @@ class Alie(Attack):
     """A little is enough: mu - z sigma, so near the mean that honest rows lie farther out."""
 
     needs = "honest"
-    z: float | None = None
+    z: Finite | None = None
     """Standard deviations from the mean; none takes the paper's, by the numbers of workers and attackers."""
     sign: Literal[-1, 1] = -1
     """On which side of the mean."""
-
-    def __post_init__(self) -> None:
-        if self.sign not in (-1, 1):
-            raise ConfigError(f"alie.sign={self.sign} must be -1 or 1")
 
     def play(self, stage: Stage) -> None:
         """Write mu + sign z sigma."""
@@ -96,12 +94,6 @@ class MinMax(Attack):
     needs = "honest"
     direction: Literal["deviation", "mean", "sign"] = "deviation"
     """p: -sigma, -mu or -sign(mu)."""
-
-    def __post_init__(self) -> None:
-        if self.direction not in ("deviation", "mean", "sign"):
-            raise ConfigError(
-                f"{self.name}.direction={self.direction!r} must be 'deviation', 'mean' or 'sign'"
-            )
 
     def play(self, stage: Stage) -> None:
         """Write mu + gamma p with the largest gamma that the bound allows."""
@@ -172,12 +164,8 @@ class Fang(Attack):
     """In each column beyond all honest values, away from the mean's sign; drawn anew for each row."""
 
     needs = "honest"
-    b: float = 2.0
+    b: Annotated[float, Range(above=1, below=math.inf)] = 2.0
     """How far beyond: up to b times the outermost value."""
-
-    def __post_init__(self) -> None:
-        if not self.b > 1:
-            raise ConfigError(f"fang.b={self.b} must be above 1")
 
     def play(self, stage: Stage) -> None:
         """Write between min / b and min if min > 0, else between b min and min; mirrored for mu < 0."""
@@ -204,7 +192,7 @@ class Identical(Attack):
     """
 
     needs = "honest"
-    reach: float = 0.95
+    reach: Finite = 0.95
     """Of the distance between the median and the honest row that is nearest to it."""
 
     def play(self, stage: Stage) -> None:

@@ -7,17 +7,21 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError
+from hardy.config import ConfigError, Range
+from hardy.distributed.aggregation.settings import check_settings
 from hardy.distributed.aggregation.stack import Total, identity
 from hardy.rng import seed_for
 
 Rule = Callable[[Sequence[Tensor]], Sequence[Tensor] | None]
 """From blocks to one vector per block; none where the step is skipped. Changes nothing, nor its own state."""
+
+Finite = Annotated[float, Range(above=-math.inf, below=math.inf)]
+"""A number of either sign."""
 
 CHUNK_COLUMNS = 2**15
 """Columns at once: fp32 sums of so many are exact to 4e-7, and a chunk of 16 rows stays in the cache."""
@@ -123,6 +127,10 @@ class Attack:
     trusted gradient."""
     seed: int = 0
     """Of what is drawn."""
+
+    def __post_init__(self) -> None:
+        """Check the settings; those that keep something set it after this."""
+        check_settings(self, section=self.name)
 
     def __call__(
         self,

@@ -121,9 +121,9 @@ def test_pre_aggregators_and_limits_in_errors(rows_are, f):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ConfigError, match="num_faulty=-1 must be at least 0"):
+    with pytest.raises(ConfigError, match="num_faulty must be a whole number at least 0, got -1"):
         Aggregator(Median(), num_faulty=-1)
-    with pytest.raises(ConfigError, match="on_excess='raise' must be 'warn' or 'error'"):
+    with pytest.raises(ConfigError, match="on_excess must be one of warn, error, got 'raise'"):
         Aggregator(Median(), num_faulty=1, on_excess="raise")
 
 

@@ -14,6 +14,7 @@ X = torch.ones(5, 4)
         ([X[0]], r"blocks must be \[N, d\] with one N"),
         ([X.int()], "blocks must be of floating dtypes, got .*int32"),
         ([X[:0]], "blocks have no rows"),
+        ([[1.0]], r"blocks must be a list of tensors \[N, d\], got \['no tensor but a list'\]"),
     ],
 )
 def test_what_is_no_stack_is_refused(blocks, says):

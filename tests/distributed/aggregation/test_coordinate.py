@@ -66,7 +66,7 @@ def test_which_rules_can_be_called_bucket_by_bucket():
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ConfigError, match="even='upper' of the rule 'median' must be 'mid' or 'lower'"):
+    with pytest.raises(ConfigError, match="median.even must be one of mid, lower, got 'upper'"):
         build_aggregator("median", num_faulty=1, arguments={"even": "upper"})
-    with pytest.raises(ConfigError, match=r"scale=0.0 of the rule 'sign_majority' must be above 0"):
+    with pytest.raises(ConfigError, match=r"sign_majority.scale must be a number above 0"):
         build_aggregator("sign_majority", num_faulty=1, arguments={"scale": 0.0})

@@ -154,5 +154,5 @@ def test_no_more_faulty_rows_than_half():
     ],
 )
 def test_wrong_settings_are_refused(setting, value):
-    with pytest.raises(ConfigError, match=f"{setting}={value!r} of the rule 'dstar' must be"):
+    with pytest.raises(ConfigError, match=f"dstar.{setting} must be .*, got {value!r}"):
         DStar(**{setting: value})

@@ -126,13 +126,13 @@ def test_monna_leaves_the_step_out_when_its_own_row_is_bad():
 @pytest.mark.parametrize(
     ("rule", "arguments", "says"),
     [
-        ("krum", {"neighbours": "all"}, "neighbours='all' of the rule 'krum' must be 'original' or 'byzfl'"),
-        ("multi_krum", {"keep": 0}, "keep=0 of the rule 'multi_krum' must be at least 1, or none"),
-        ("geometric_median", {"rounds": 0}, "rounds=0 .* must be at least 1"),
-        ("geometric_median", {"start_at": "end"}, "start_at='end' .* 'core', 'mean' or 'zero'"),
-        ("geometric_median", {"smoothing": 0.0}, "smoothing=0.0 .* above 0"),
-        ("centered_clip", {"tau": -1.0}, "tau=-1.0 .* above 0"),
-        ("centered_clip", {"rounds": 0}, "rounds=0 .* at least 1"),
+        ("krum", {"neighbours": "all"}, "krum.neighbours must be one of original, byzfl, got 'all'"),
+        ("multi_krum", {"keep": 0}, "multi_krum.keep must be a whole number at least 1 or none, got 0"),
+        ("geometric_median", {"rounds": 0}, "geometric_median.rounds must be .*at least 1, got 0"),
+        ("geometric_median", {"start_at": "end"}, "start_at must be one of core, mean, zero, got 'end'"),
+        ("geometric_median", {"smoothing": 0.0}, "smoothing must be a number above 0 or none, got 0.0"),
+        ("centered_clip", {"tau": -1.0}, "tau must be a number above 0 or none, got -1.0"),
+        ("centered_clip", {"rounds": 0}, "centered_clip.rounds must be a whole number at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(rule, arguments, says):

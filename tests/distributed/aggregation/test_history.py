@@ -109,7 +109,7 @@ def test_what_cannot_look_back_is_refused():
         looking_back("median")
     with pytest.raises(ConfigError, match="history=0.9 must know whose a row is; leave out 'nnm'"):
         looking_back(pre=["arc", "nnm"])
-    with pytest.raises(ConfigError, match=r"history=1.0 must be at least 0 and below 1"):
+    with pytest.raises(ConfigError, match=r"history must be a number at least 0 and below 1, got 1.0"):
         build_aggregator("mda", num_faulty=1, history=1.0)
 
 

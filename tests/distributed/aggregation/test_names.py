@@ -29,10 +29,13 @@ def test_names_can_be_read_without_torch():
     [
         ("nmn", "there is no pre-aggregator 'nmn'; did you mean 'nnm'?"),
         ("nnm:2", "nnm takes no number; write 'nnm'"),
-        ("bucketing", "needs a number, such as 'bucketing:2'"),
-        ("clip:", "needs a number, such as 'clip:1.5'"),
+        ("bucketing", "needs a whole number of rows, at least 1, such as 'bucketing:2'"),
+        ("clip:", "needs a number above 0 and finite, such as 'clip:1.5'"),
         ("clip:nan", "needs a number"),
         ("clip:two", "needs a number"),
+        ("bucketing:0.5", "'bucketing:0.5' needs a whole number of rows, at least 1"),
+        ("clip:0", "'clip:0' needs a number above 0"),
+        ("clip:inf", "needs a number above 0 and finite"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, says):

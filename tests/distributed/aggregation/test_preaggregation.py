@@ -3,7 +3,7 @@ import torch
 
 from hardy.config import ConfigError
 from hardy.distributed.aggregation import aggregate, build_aggregator
-from hardy.distributed.aggregation.preaggregation import build_pre_aggregator
+from hardy.distributed.aggregation.preaggregation import Bucketing, Clip, build_pre_aggregator
 from hardy.reference import aggregation as twin
 from hardy.rng import generator_for
 
@@ -67,5 +67,19 @@ def test_what_can_be_self_reported_stays_so_after_clipping():
 
 @pytest.mark.parametrize("text", ["bucketing:0", "bucketing:1.5", "bucketing:-2", "clip:0", "clip:-1"])
 def test_wrong_numbers_are_refused(text):
-    with pytest.raises(ConfigError, match=f"{text} must be"):
+    with pytest.raises(ConfigError, match=f"pre-aggregator '{text}' needs a"):
         build_pre_aggregator(text)
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: Bucketing(0.5), "bucketing.size must be a whole number at least 1, got 0.5"),
+        (lambda: Bucketing(True), "bucketing.size must be a whole number at least 1, got True"),
+        (lambda: Clip("abc"), "clip.norm must be a number above 0, got 'abc'"),
+        (lambda: Clip(float("nan")), "clip.norm must be a number above 0, got nan"),
+    ],
+)
+def test_wrong_settings_are_refused(build, says):
+    with pytest.raises(ConfigError, match=says):
+        build()

@@ -23,5 +23,5 @@ def test_what_a_rule_is_by_default():
     with pytest.raises(NotImplementedError):
         CoordinateRule().reduce(torch.ones(1, 1), 0)
     assert CoordinateRule().pick(None, 0) is None
-    with pytest.raises(ConfigError, match="even='x' of the rule 'median' must be"):
+    with pytest.raises(ConfigError, match="median.even must be one of mid, lower, got 'x'"):
         Median(even="x")

@@ -41,7 +41,7 @@ def test_dnc_drops_more_rows_by_its_factor():
     for factor in (1.0, 1.5, 2.0):
         got = aggregate(rows, "dnc", num_faulty=3, factor=factor)
         torch.testing.assert_close(got, twin.dnc(rows, 3, factor))
-    with pytest.raises(ConfigError, match="factor=0.0 of the rule 'dnc' must be above 0"):
+    with pytest.raises(ConfigError, match="dnc.factor must be a number above 0"):
         build_aggregator("dnc", num_faulty=1, arguments={"factor": 0.0})
 
 
@@ -86,7 +86,7 @@ def test_dnc_of_few_columns_forms_no_whole_gram_matrix_and_refuses_what_cannot_b
     few = build_aggregator("dnc", num_faulty=1, arguments={"columns": 5})
     assert not few.needs_gram and build_aggregator("dnc", num_faulty=1).needs_gram
     for name, value in (("columns", 0), ("rounds", 0)):
-        with pytest.raises(ConfigError, match=f"{name}=0 of the rule 'dnc' must be at least 1"):
+        with pytest.raises(ConfigError, match=f"dnc.{name} must be a whole number at least 1"):
             build_aggregator("dnc", num_faulty=1, arguments={name: value})
     with pytest.raises(ValueError, match=r"first_columns=\[0, 2\] must be one number for each of 1 blocks"):
         few([draw(5, 3)], first_columns=[0, 2])
@@ -99,7 +99,7 @@ def test_aksel_keeps_half_or_all_honest_rows():
     for keep, count in (("mid", 5), ("honest", 7)):
         want = rows[twin.nearest(median, rows, count)].mean(0)
         torch.testing.assert_close(aggregate(rows, "aksel", num_faulty=2, keep=keep), want)
-    with pytest.raises(ConfigError, match="keep='all' of the rule 'aksel' must be 'mid' or 'honest'"):
+    with pytest.raises(ConfigError, match="aksel.keep must be one of mid, honest, got 'all'"):
         build_aggregator("aksel", num_faulty=1, arguments={"keep": "all"})
 
 

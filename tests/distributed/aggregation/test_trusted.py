@@ -94,16 +94,33 @@ def test_norms_are_clipped_and_screened():
 @pytest.mark.parametrize(
     ("rule", "arguments", "says"),
     [
-        ("fltrust", {"on_empty": "mean"}, "on_empty='mean' .* 'validation' or 'skip'"),
-        ("fltrust", {"on_bad_validation": "mean"}, "on_bad_validation='mean' .* 'fallback' or 'skip'"),
-        ("zeno_plus_plus", {"rho": -1.0}, "rho=-1.0 .* at least 0"),
-        ("zeno_plus_plus", {"epsilon": -1.0}, "epsilon=-1.0 .* at least 0"),
-        ("diversefl", {"shortest": -1.0}, "shortest=-1.0 .* at least 0"),
-        ("diversefl", {"longest": 0.5}, "longest=0.5 .* above shortest=0.5"),
-        ("norm_clip", {"norm": 0.0}, "norm=0.0 .* above 0"),
-        ("norm_screen", {"factor": 0.5}, "factor=0.5 .* at least 1"),
+        ("fltrust", {"on_empty": "mean"}, "on_empty must be one of validation, skip, got 'mean'"),
+        (
+            "fltrust",
+            {"on_bad_validation": "mean"},
+            "on_bad_validation must be one of fallback, skip, got 'mean'",
+        ),
+        ("zeno_plus_plus", {"rho": -1.0}, "zeno_plus_plus.rho must be a number at least 0, got -1.0"),
+        ("zeno_plus_plus", {"epsilon": -1.0}, "epsilon must be a number at least 0, got -1.0"),
+        ("diversefl", {"shortest": -1.0}, "shortest must be a number at least 0, got -1.0"),
+        ("diversefl", {"longest": 0.5}, "diversefl.longest=0.5 must be above diversefl.shortest=0.5"),
+        ("norm_clip", {"norm": 0.0}, "norm_clip.norm must be a number above 0 or none, got 0.0"),
+        ("norm_screen", {"factor": 0.5}, "norm_screen.factor must be a number at least 1, got 0.5"),
     ],
 )
 def test_wrong_settings_are_refused(rule, arguments, says):
     with pytest.raises(ConfigError, match=says):
         build_aggregator(rule, num_faulty=1, arguments=arguments)
+
+
+@pytest.mark.parametrize(
+    ("rule", "arguments"),
+    [("fltrust", {}), ("zeno_plus_plus", {}), ("dstar", {"scale": "unit", "threshold": "none"})],
+)
+def test_a_row_too_short_to_be_lengthened_counts_as_zeros(rule, arguments):
+    rows = torch.ones(4, 3)
+    rows[0] = 1e-44  # brought to the trusted norm it would overflow
+    aggregator = build_aggregator(rule, num_faulty=1, arguments=arguments)
+    vector = aggregator([rows], references=[torch.ones(3)]).vectors[0]
+    assert bool(vector.isfinite().all())
+    assert vector.norm() <= torch.ones(3).norm() * 1.001

@@ -16,10 +16,18 @@ def configured(**settings):
     ("settings", "text"),
     [
         ({"f": 3}, r"'trimmed_mean' cannot bear strategy.f=3 among 5 workers; lower it to at most 2"),
-        ({"arguments": ["kep=3"]}, "setting of the rule 'trimmed_mean', 'kep'"),
+        ({"arguments": ["kep=3"]}, "strategy.arguments: .*setting of the rule 'trimmed_mean', 'kep'"),
+        (
+            {"rule": "centered_clip", "f": 1, "arguments": ["tau=abc"]},
+            "strategy.arguments: centered_clip.tau must be a number above 0 or none, got 'abc'",
+        ),
+        (
+            {"attack": {"name": "ipm", "workers": [0], "arguments": ["strength=abc"]}},
+            "strategy.attack.arguments: ipm.strength must be a number.*, got 'abc'",
+        ),
         (
             {"attack": {"name": "ipm", "workers": [0], "arguments": ["strngth=1"]}},
-            "there is no argument of attack 'ipm' 'strngth'; did you mean 'strength'",
+            "strategy.attack.arguments: .*argument of attack 'ipm' 'strngth'; did you mean 'strength'",
         ),
         ({"attack": {"name": "nan", "workers": [5]}}, r"strategy.attack.workers names \[5\]"),
         ({"f": 2, "fastest": {"k": 4}}, "strategy.fastest.k=4 of N=5 replicas with strategy.f=2"),
@@ -46,3 +54,8 @@ def test_draws_go_by_the_seed():
         for seed in (1, 1, 2)
     )
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_arguments_are_read_as_settings_are():
+    combine = build_combiner(configured(rule="multi_krum", f=1, arguments=["keep=none"]), num_workers=5)
+    assert combine.aggregator.rule.keep is None

@@ -27,6 +27,8 @@ def test_dstar_goes_by_what_workers_report():
         ({"rule": "trimed_mean"}, "did you mean 'trimmed_mean'"),
         ({"pre": ("nmn",)}, "strategy.pre: .*did you mean 'nnm'"),
         ({"pre": ("bucketing",)}, "strategy.pre: .*bucketing:2"),
+        ({"pre": ("bucketing:0.5",)}, "strategy.pre: .*'bucketing:0.5' needs a whole number of rows"),
+        ({"pre": ("clip:abc",)}, "strategy.pre: .*'clip:abc' needs a number above 0"),
         ({"arguments": ("keep",)}, "strategy.arguments must be name=value"),
         ({"rule": "monna"}, "strategy.rule='monna' leans on each worker's own gradient"),
         ({"exchange": "scalars"}, "strategy.exchange='scalars' needs a rule that goes by each worker's own"),

@@ -6,14 +6,14 @@ same ones. Letters: N rows given, R of them finite, n in view of the rule, f fau
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError, UserError
+from hardy.config import ConfigError, NonNegativeInt, Range, UserError
 from hardy.distributed.aggregation.call import (
     Call,
     Outcome,
@@ -30,6 +30,7 @@ from hardy.distributed.aggregation.memory import Memory
 from hardy.distributed.aggregation.names import BY_DISTANCE, ONLY_SHORTEN
 from hardy.distributed.aggregation.preaggregation import NearestNeighbourMixing, PreAggregator
 from hardy.distributed.aggregation.rule import CoordinateRule, Rule, Weighing, WeightRule
+from hardy.distributed.aggregation.settings import check_settings
 from hardy.distributed.aggregation.stack import (
     RowNumbers,
     Total,
@@ -49,6 +50,20 @@ class TooManyFaultyRowsError(UserError):
     """More rows held NaN or infinity than the rule was told to expect."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Manner:
+    """What an aggregator is told besides its rule."""
+
+    num_faulty: NonNegativeInt
+    on_excess: Literal["warn", "error"]
+    seed: int
+    rows_are: Literal["rows", "workers"]
+    history: Annotated[float, Range(least=0, below=1)]
+
+    def __post_init__(self) -> None:
+        check_settings(self, section="")
+
+
 class Aggregator:
     """A rule, what comes before it, and what it carries from step to step.
 
@@ -65,8 +80,8 @@ class Aggregator:
             `names.BY_DISTANCE` and the same workers at each step.
 
     Raises:
-        ConfigError: f is negative, `pre` makes new rows where it matters whose a row is, or the rule cannot
-            judge averages.
+        ConfigError: a value that is refused, `pre` makes new rows where it matters whose a row is, or the
+            rule cannot judge averages.
 
     Example:
         >>> from hardy.distributed.aggregation.coordinate import Median
@@ -87,17 +102,14 @@ class Aggregator:
         rows_are: Literal["rows", "workers"] = "rows",
         history: float = 0.0,
     ) -> None:
-        if num_faulty < 0:
-            raise ConfigError(f"num_faulty={num_faulty} must be at least 0")
-        if not 0 <= history < 1:
-            raise ConfigError(f"history={history!r} must be at least 0 and below 1")
+        manner = _Manner(
+            num_faulty=num_faulty, on_excess=on_excess, seed=seed, rows_are=rows_are, history=history
+        )
         if history and rule.name not in BY_DISTANCE:
             raise ConfigError(
                 f"history={history:g} needs a rule that judges by distances alone "
                 f"({', '.join(sorted(BY_DISTANCE))}), and {rule.name!r} does not; choose one, or set it to 0"
             )
-        if on_excess not in ("warn", "error"):
-            raise ConfigError(f"on_excess={on_excess!r} must be 'warn' or 'error'")
         self._keeps_rows = all(step.keeps_rows for step in pre)
         mixing = [
             repr(step.name)
@@ -107,8 +119,8 @@ class Aggregator:
         if mixing:
             who = f"history={history:g}" if history else f"the rule {rule.name!r}"
             raise ConfigError(f"{who} must know whose a row is; leave out {', '.join(mixing)}, which mixes")
-        self.rule, self.num_faulty, self.pre = rule, num_faulty, tuple(pre)
-        self.on_excess, self.seed, self.history = on_excess, seed, history
+        self.rule, self.num_faulty, self.pre = rule, manner.num_faulty, tuple(pre)
+        self.on_excess, self.seed, self.history = manner.on_excess, manner.seed, manner.history
         self._rows_are: Literal["rows", "workers"] = rows_are
         self._memory = Memory(state=rule.start())
         self._told: tuple[int, ...] = ()

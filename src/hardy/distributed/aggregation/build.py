@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from hardy.config import ConfigError, unknown_name
 from hardy.distributed.aggregation.aggregator import Aggregator
+from hardy.distributed.aggregation.call import stack_of
 from hardy.distributed.aggregation.coordinate import (
     Bulyan,
     MeanAroundMedian,
@@ -115,10 +115,13 @@ def build_aggregator(
         ConfigError: an unknown name or a refused value.
 
     Example:
+        >>> import torch
         >>> aggregator = build_aggregator("krum", num_faulty=1, pre=["bucketing:2"])
         >>> aggregator([torch.ones(9, 3)]).vectors
         [tensor([1., 1., 1.])]
     """
+    if isinstance(pre, str):
+        raise ConfigError(f"pre={pre!r} must be a list, such as [{pre!r}]")
     return Aggregator(
         build_rule(rule, arguments),
         num_faulty=num_faulty,
@@ -153,20 +156,17 @@ def aggregate(
 
     Raises:
         ConfigError: an unknown name, a refused value, or too few rows.
-        ValueError: no rows, or no row that is finite.
+        ValueError: no rows, rows that are no vectors of one length on one device, or none that is finite.
 
     Example:
+        >>> import torch
         >>> rows = [torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([1e9])]
         >>> aggregate(rows, "median", num_faulty=1)
         tensor([2.])
     """
-    if not isinstance(rows, Tensor):
-        if not rows:
-            raise ValueError("there are no rows to aggregate")
-        rows = torch.stack(list(rows))
     aggregator = build_aggregator(rule, num_faulty=num_faulty, pre=pre, arguments=arguments)
     references = None if reference is None else [reference]
-    outcome = aggregator([rows], references=references, own_row=own_row)
+    outcome = aggregator([stack_of(rows)], references=references, own_row=own_row)
     if outcome.vectors is None:
         raise ValueError(f"nothing is left to aggregate; rows removed: {list(outcome.removed)}")
     return outcome.vectors[0]

@@ -72,10 +72,44 @@ class Call:
         return [g.to(block.device, block.dtype, copy=True) for g, block in pairs]
 
 
+def stack_of(rows: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return a stack [N, d] of vectors, or the stack that was given; refuse rows that make none.
+
+    Example:
+        >>> stack_of([torch.ones(3), torch.ones(2)])
+        Traceback (most recent call last):
+        ...
+        ValueError: rows must be vectors of one length on one device; row 0 is [3] on cpu, row 1 is [2] on cpu
+    """
+    if isinstance(rows, Tensor):
+        if rows.ndim != 2:
+            raise ValueError(
+                f"rows must be a stack [N, d] or a list of vectors, got shape {list(rows.shape)}"
+            )
+        return rows
+    if not rows:
+        raise ValueError("there are no rows to aggregate")
+    kinds = [_kind(row) for row in rows]
+    odd = next((place for place, kind in enumerate(kinds) if kind != kinds[0]), 0)
+    if odd or not isinstance(rows[0], Tensor) or rows[0].ndim != 1:
+        told = ", ".join(f"row {place} is {kinds[place]}" for place in sorted({0, odd}))
+        raise ValueError(f"rows must be vectors of one length on one device; {told}")
+    return torch.stack(list(rows))
+
+
+def _kind(row: object) -> str:
+    if not isinstance(row, Tensor):
+        return f"no tensor but a {type(row).__name__}"
+    return f"{list(row.shape)} on {row.device}"
+
+
 def checked_blocks(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Return the blocks outside the autograd graph; refuse what is no stack."""
     if not blocks:
         raise ValueError("there are no blocks; give a worker without columns one of shape [N, 0]")
+    kinds = [_kind(block) for block in blocks]
+    if not all(isinstance(block, Tensor) for block in blocks):
+        raise ValueError(f"blocks must be a list of tensors [N, d], got {kinds}")
     shapes = [list(block.shape) for block in blocks]
     if any(block.ndim != 2 or block.shape[0] != blocks[0].shape[0] for block in blocks):
         raise ValueError(f"blocks must be [N, d] with one N, got shapes {shapes}")

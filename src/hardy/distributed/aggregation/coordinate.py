@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hardy.config import PositiveFloat
 from hardy.distributed.aggregation.network import sort_rows, sort_rows_around
 from hardy.distributed.aggregation.rule import CoordinateRule
 from hardy.distributed.aggregation.view import View
@@ -27,9 +28,6 @@ class Median(CoordinateRule):
 
     name: ClassVar[str] = "median"
     even: Literal["mid", "lower"] = "mid"
-
-    def __post_init__(self) -> None:
-        self._check(self.even in ("mid", "lower"), "even", "'mid' or 'lower'")
 
     def reduce(self, rows_nc: Tensor, num_faulty: int) -> Tensor:
         """Return the median of each column."""
@@ -82,10 +80,7 @@ class SignMajority(CoordinateRule):
     """
 
     name: ClassVar[str] = "sign_majority"
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        self._check(0 < self.scale < float("inf"), "scale", "above 0 and finite")
+    scale: PositiveFloat = 1.0
 
     def reduce(self, rows_nc: Tensor, num_faulty: int) -> Tensor:
         """Return what most signs say."""

@@ -11,7 +11,6 @@ bound of the dot product and all numbers are ours, and options. Scaling rows to 
 plain reading (scale "none", threshold "current") lets an attacker in who knows the trusted gradient.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,8 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hardy.config import NonNegativeFloat, NonNegativeInt, PositiveInt
 from hardy.distributed.aggregation.rule import Weighing
-from hardy.distributed.aggregation.trusted import TrustedRule
+from hardy.distributed.aggregation.trusted import MOST_STRETCH, TrustedRule, stretches
 from hardy.distributed.aggregation.view import View
 
 SMALL_DELTA = 0.2
@@ -47,22 +47,11 @@ class DStar(TrustedRule):
     uses_sample_weights: ClassVar[bool] = True
     scale: Literal["clip", "unit", "none"] = "clip"
     threshold: Literal["history", "current", "min", "none"] = "history"
-    window: int = 20
-    warm_up_steps: int = 10
-    slack: float = 0.1
+    window: PositiveInt = 20
+    warm_up_steps: NonNegativeInt = 10
+    slack: NonNegativeFloat = 0.1
     dot_test: Literal["positive", "none"] = "positive"
-    empty_limit: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(self.scale in ("clip", "unit", "none"), "scale", "'clip', 'unit' or 'none'")
-        modes = ("history", "current", "min", "none")
-        self._check(self.threshold in modes, "threshold", "'history', 'current', 'min' or 'none'")
-        self._check(self.window >= 1, "window", "at least 1")
-        self._check(self.warm_up_steps >= 0, "warm_up_steps", "at least 0")
-        self._check(0 <= self.slack < math.inf, "slack", "at least 0 and finite")
-        self._check(self.dot_test in ("positive", "none"), "dot_test", "'positive' or 'none'")
-        self._check(self.empty_limit >= 1, "empty_limit", "at least 1")
+    empty_limit: PositiveInt = 5
 
     def least_rows(self, num_faulty: int) -> int:
         """Return 2f + 1: then the median lies between two honest distances."""
@@ -102,12 +91,12 @@ class DStar(TrustedRule):
 
     def factors(self, view: View) -> Tensor:
         """Return c."""
-        ratios_n = (view.reference_square / view.squares_n).sqrt()
+        ratios_n = stretches(view)
         if self.scale == "none":
             ratios_n = torch.ones_like(ratios_n)
         elif self.scale == "clip":
             ratios_n = ratios_n.clamp(max=1.0)
-        return torch.where(view.squares_n == 0, 1.0, ratios_n)
+        return torch.where(ratios_n < MOST_STRETCH, ratios_n, 1.0)
 
     def distances(self, view: View, factors_n: Tensor) -> Tensor:
         """Return delta; small ones directly, unless only what workers report is known."""

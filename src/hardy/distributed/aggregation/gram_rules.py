@@ -11,7 +11,6 @@ Differs from the papers: the geometric median starts from the mean of the half o
 central one: from the mean of all, rounds that end by a tolerance end far out when one row is at 1e20.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hardy.config import PositiveFloat, PositiveInt
 from hardy.distributed.aggregation.rule import Weighing, WeightRule, average_of, one_hot, smallest
 from hardy.distributed.aggregation.view import View, squared_distances
 
@@ -54,12 +54,8 @@ class MultiKrum(WeightRule):
 
     name: ClassVar[str] = "multi_krum"
     needs_gram: ClassVar[bool] = True
-    keep: int | None = None
+    keep: PositiveInt | None = None
     neighbours: Literal["original", "byzfl"] = "original"
-
-    def __post_init__(self) -> None:
-        self._check(self.keep is None or self.keep >= 1, "keep", "at least 1, or none")
-        self._check(self.neighbours in ("original", "byzfl"), "neighbours", "'original' or 'byzfl'")
 
     def least_rows(self, num_faulty: int) -> int:
         """Return 2f + 3, with the neighbours of "byzfl" 2f + 1."""
@@ -84,9 +80,6 @@ class Krum(WeightRule):
     name: ClassVar[str] = "krum"
     needs_gram: ClassVar[bool] = True
     neighbours: Literal["original", "byzfl"] = "original"
-
-    def __post_init__(self) -> None:
-        self._check(self.neighbours in ("original", "byzfl"), "neighbours", "'original' or 'byzfl'")
 
     def least_rows(self, num_faulty: int) -> int:
         """Return 2f + 3, with the neighbours of "byzfl" 2f + 1."""
@@ -156,15 +149,9 @@ class GeometricMedian(WeightRule):
 
     name: ClassVar[str] = "geometric_median"
     needs_gram: ClassVar[bool] = True
-    rounds: int = 100
+    rounds: PositiveInt = 100
     start_at: Literal["core", "mean", "zero"] = "core"
-    smoothing: float | None = None
-
-    def __post_init__(self) -> None:
-        self._check(self.rounds >= 1, "rounds", "at least 1")
-        self._check(self.start_at in ("core", "mean", "zero"), "start_at", "'core', 'mean' or 'zero'")
-        valid = self.smoothing is None or 0 < self.smoothing < math.inf
-        self._check(valid, "smoothing", "above 0 and finite, or none")
+    smoothing: PositiveFloat | None = None
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""
@@ -208,12 +195,8 @@ class CenteredClip(WeightRule):
     name: ClassVar[str] = "centered_clip"
     needs_gram: ClassVar[bool] = True
     has_memory: ClassVar[bool] = True
-    tau: float | None = None
-    rounds: int = 3
-
-    def __post_init__(self) -> None:
-        self._check(self.tau is None or 0 < self.tau < math.inf, "tau", "above 0 and finite, or none")
-        self._check(self.rounds >= 1, "rounds", "at least 1")
+    tau: PositiveFloat | None = None
+    rounds: PositiveInt = 3
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights of the rows and, last, of the last vector, which is the view's last row."""

@@ -64,19 +64,22 @@ PRE_AGGREGATOR_NAMES = ("arc", "bucketing", "clip", "nnm")
 ONLY_SHORTEN = frozenset({"arc", "clip"})
 """Pre-aggregators that give each row a factor and mix none."""
 
-WITH_NUMBER = {"bucketing": "bucketing:2", "clip": "clip:1.5"}
-"""Pre-aggregators that take a number after a colon, and an example of each."""
+WITH_NUMBER = {
+    "bucketing": (int, "a whole number of rows, at least 1", "bucketing:2"),
+    "clip": (float, "a number above 0 and finite", "clip:1.5"),
+}
+"""Pre-aggregators that take a number after a colon: how to read it, what it may be, and an example."""
 
 
 def split_pre_aggregator(text: str) -> tuple[str, float | None]:
     """Return the name and the number of "name" or "name:number".
 
     Raises:
-        ConfigError: an unknown name, a number that is missing, unreadable, or given where none belongs.
+        ConfigError: an unknown name, a number that is missing, refused, or given where none belongs.
 
     Example:
         >>> split_pre_aggregator("bucketing:2"), split_pre_aggregator("nnm")
-        (('bucketing', 2.0), ('nnm', None))
+        (('bucketing', 2), ('nnm', None))
     """
     name, colon, number = text.partition(":")
     if name not in PRE_AGGREGATOR_NAMES:
@@ -85,10 +88,11 @@ def split_pre_aggregator(text: str) -> tuple[str, float | None]:
         if colon:
             raise ConfigError(f"pre-aggregator {text!r}: {name} takes no number; write {name!r}")
         return name, None
+    read, allowed, example = WITH_NUMBER[name]
     try:
-        value = float(number)
+        value = read(number)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise ConfigError(f"pre-aggregator {text!r} needs a number, such as {WITH_NUMBER[name]!r}")
+    if not 0 < value < math.inf:
+        raise ConfigError(f"pre-aggregator {text!r} needs {allowed}, such as {example!r}")
     return name, value

@@ -12,9 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from hardy.config import ConfigError
+from hardy.config import PositiveFloat, PositiveInt
 from hardy.distributed.aggregation.names import split_pre_aggregator
 from hardy.distributed.aggregation.rule import smallest
+from hardy.distributed.aggregation.settings import check_settings
 from hardy.distributed.aggregation.view import View
 from hardy.rng import generator_for
 
@@ -30,6 +31,10 @@ class PreAggregator:
     """Whether row i afterwards still is that of worker i."""
     needs_majority: ClassVar[bool] = True
     """Whether most of the rows afterwards must be honest."""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_settings(self, section=self.name)
 
     def rows_left(self, num_rows: int) -> int:
         """Return the number of rows afterwards."""
@@ -67,11 +72,7 @@ class Bucketing(PreAggregator):
     name: ClassVar[str] = "bucketing"
     needs_gram: ClassVar[bool] = True
     keeps_rows: ClassVar[bool] = False
-    size: float
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.size != int(self.size):
-            raise ConfigError(f"bucketing:{self.size:g} must be a whole number of rows, at least 1")
+    size: PositiveInt
 
     def rows_left(self, num_rows: int) -> int:
         """Return the number of buckets."""
@@ -80,7 +81,7 @@ class Bucketing(PreAggregator):
     def apply(self, view: View, num_faulty: int, seed: int) -> View:
         """Return the buckets' means."""
         order = torch.randperm(view.num_rows, generator=generator_for(seed, "bucketing", view.step))
-        buckets = order.split(int(self.size))
+        buckets = order.split(self.size)
         weights_kn = torch.zeros(len(buckets), view.num_rows, dtype=torch.float64)
         for weights_n, bucket in zip(weights_kn, buckets, strict=True):
             weights_n[bucket] = 1 / len(bucket)
@@ -97,11 +98,7 @@ class Clip(PreAggregator):
 
     name: ClassVar[str] = "clip"
     needs_majority: ClassVar[bool] = False
-    norm: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.norm < math.inf:
-            raise ConfigError(f"clip:{self.norm:g} must be above 0 and finite")
+    norm: PositiveFloat
 
     def apply(self, view: View, num_faulty: int, seed: int) -> View:
         """Return the shortened rows."""
@@ -140,7 +137,7 @@ def build_pre_aggregator(text: str) -> PreAggregator:
 
     Example:
         >>> build_pre_aggregator("bucketing:2")
-        Bucketing(size=2.0)
+        Bucketing(size=2)
     """
     name, number = split_pre_aggregator(text)
     kind = PRE_AGGREGATORS[name]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hardy.config import ConfigError
+from hardy.distributed.aggregation.settings import check_settings
 from hardy.distributed.aggregation.view import View
 
 
@@ -28,7 +28,7 @@ class Weighing:
 class Rule:
     """A rule and its settings; what changes from step to step is handed in and out."""
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     needs_reference: ClassVar[bool] = False
     """Whether it compares with a trusted gradient."""
     needs_gram: ClassVar[bool] = False
@@ -45,6 +45,10 @@ class Rule:
     """Whether it matters which worker a row is of."""
     uses_sample_weights: ClassVar[bool] = False
     """Whether rows may count by their tokens; else all that are kept count alike."""
+
+    def __post_init__(self) -> None:
+        """Check the settings; rules whose settings depend on each other call this first."""
+        check_settings(self, section=self.name)
 
     @property
     def forms_gram(self) -> bool:
@@ -66,11 +70,6 @@ class Rule:
     def moved(self, state: Mapping[str, Any], norm: float) -> Mapping[str, Any]:
         """Return the state after a vector of this norm was given out; only of rules that remember rows."""
         return state
-
-    def _check(self, valid: bool, setting: str, allowed: str) -> None:
-        if not valid:
-            value = getattr(self, setting)
-            raise ConfigError(f"{setting}={value!r} of the rule {self.name!r} must be {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from hardy.config import PositiveFloat, PositiveInt
 from hardy.distributed.aggregation.coordinate import Median
 from hardy.distributed.aggregation.rule import Weighing, WeightRule, average_of, smallest
 from hardy.distributed.aggregation.view import View
@@ -135,14 +136,9 @@ class DivideAndConquer(WeightRule):
 
     name: ClassVar[str] = "dnc"
     needs_gram: ClassVar[bool] = True
-    factor: float = 1.0
-    columns: int | None = None
-    rounds: int = 5
-
-    def __post_init__(self) -> None:
-        self._check(0 < self.factor < math.inf, "factor", "above 0 and finite")
-        self._check(self.columns is None or self.columns >= 1, "columns", "at least 1, or none")
-        self._check(self.rounds >= 1, "rounds", "at least 1")
+    factor: PositiveFloat = 1.0
+    columns: PositiveInt | None = None
+    rounds: PositiveInt = 5
 
     @property
     def forms_gram(self) -> bool:
@@ -183,9 +179,6 @@ class Aksel(WeightRule):
 
     name: ClassVar[str] = "aksel"
     keep: Literal["mid", "honest"] = "mid"
-
-    def __post_init__(self) -> None:
-        self._check(self.keep in ("mid", "honest"), "keep", "'mid' or 'honest'")
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""

@@ -11,13 +11,17 @@ Differs from the papers: FLTrust, Zeno++ and DiverseFL see all rows of a step ag
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from hardy.config import ConfigError, NonNegativeFloat, PositiveFloat, Range
 from hardy.distributed.aggregation.rule import Weighing, WeightRule
 from hardy.distributed.aggregation.view import View
+
+MOST_STRETCH = 1e30
+"""A row that must be made longer than this times counts as zeros: in fp32 the product overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +39,6 @@ class TrustedRule(WeightRule):
     is_self_reported: ClassVar[bool] = True
     on_bad_validation: Literal["fallback", "skip"] = "fallback"
     on_empty: Literal["validation", "skip"] = "validation"
-
-    def __post_init__(self) -> None:
-        allowed = ("fallback", "skip")
-        self._check(self.on_bad_validation in allowed, "on_bad_validation", "'fallback' or 'skip'")
-        self._check(self.on_empty in ("validation", "skip"), "on_empty", "'validation' or 'skip'")
 
     def least_rows(self, num_faulty: int) -> int:
         """Return f + 1: each row is judged by itself."""
@@ -101,13 +100,8 @@ class ZenoPlusPlus(TrustedRule):
     """
 
     name: ClassVar[str] = "zeno_plus_plus"
-    rho: float = 0.0
-    epsilon: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check(0 <= self.rho < math.inf, "rho", "at least 0 and finite")
-        self._check(0 <= self.epsilon < math.inf, "epsilon", "at least 0 and finite")
+    rho: NonNegativeFloat = 0.0
+    epsilon: NonNegativeFloat = 0.0
 
     def weigh_against(self, view: View, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""
@@ -126,13 +120,16 @@ class DiverseFL(TrustedRule):
     """
 
     name: ClassVar[str] = "diversefl"
-    shortest: float = 0.5
-    longest: float = 2.0
+    shortest: NonNegativeFloat = 0.5
+    longest: Annotated[float, Range(above=0)] = 2.0
 
     def __post_init__(self) -> None:
+        """Check the settings, and that there are norms between."""
         super().__post_init__()
-        self._check(self.shortest >= 0, "shortest", "at least 0")
-        self._check(self.longest > self.shortest, "longest", f"above shortest={self.shortest}")
+        if self.longest <= self.shortest:
+            raise ConfigError(
+                f"diversefl.longest={self.longest:g} must be above diversefl.shortest={self.shortest:g}"
+            )
 
     def weigh_against(self, view: View, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""
@@ -142,9 +139,14 @@ class DiverseFL(TrustedRule):
 
 
 def _to_trusted_norm(view: View) -> Tensor:
-    """Return what brings each row to the trusted norm; 0 for a row of zeros."""
-    norms_n = view.norms_n
-    return torch.where(norms_n > 0, math.sqrt(view.reference_square) / norms_n, 0.0)
+    """Return what brings each row to the trusted norm; 0 for a row of zeros, or as good as that."""
+    factors_n = stretches(view)
+    return torch.where(factors_n < MOST_STRETCH, factors_n, 0.0)
+
+
+def stretches(view: View) -> Tensor:
+    """Return how many times as long as each row the trusted gradient is."""
+    return (view.reference_square / view.squares_n).sqrt()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +159,7 @@ class NormClip(WeightRule):
 
     name: ClassVar[str] = "norm_clip"
     is_self_reported: ClassVar[bool] = True
-    norm: float | None = None
-
-    def __post_init__(self) -> None:
-        self._check(self.norm is None or 0 < self.norm < math.inf, "norm", "above 0 and finite, or none")
+    norm: PositiveFloat | None = None
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""
@@ -180,10 +179,7 @@ class NormScreen(WeightRule):
 
     name: ClassVar[str] = "norm_screen"
     is_self_reported: ClassVar[bool] = True
-    factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        self._check(1 <= self.factor < math.inf, "factor", "at least 1 and finite")
+    factor: Annotated[float, Range(least=1, below=math.inf)] = 2.0
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""

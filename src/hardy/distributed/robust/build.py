@@ -1,7 +1,13 @@
 """From settings to a rule at work: the part of a robust strategy that needs no model."""
 
-from hardy.config import read_arguments
-from hardy.distributed.aggregation import build_aggregator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hardy.config import ConfigError, Text, read_arguments
+from hardy.distributed.aggregation import Aggregator
+from hardy.distributed.aggregation.build import build_rule
+from hardy.distributed.aggregation.preaggregation import build_pre_aggregator
 from hardy.distributed.attacks import build_attack
 from hardy.distributed.robust.combine import Combiner, Played
 from hardy.distributed.robust.config import CombinedConfig
@@ -27,11 +33,13 @@ def build_combiner(config: CombinedConfig, *, num_workers: int, seed: int = 0) -
         hardy.config.ConfigError: 'trimmed_mean' after 'nnm' cannot bear strategy.f=1 among 2 workers; lower \
 it to at most 0, or let at least 3 workers take part
     """
-    aggregator = build_aggregator(
-        config.rule,
+    arguments = _read(config.arguments, setting="strategy.arguments")
+    with _named("strategy.arguments"):
+        rule = build_rule(config.rule, arguments)
+    aggregator = Aggregator(
+        rule,
         num_faulty=config.f,
-        arguments=read_arguments(config.arguments, setting="strategy.arguments"),
-        pre=config.pre,
+        pre=[build_pre_aggregator(text) for text in config.pre],
         on_excess=config.on_excess,
         seed=seed,
         rows_are="workers",
@@ -39,10 +47,26 @@ it to at most 0, or let at least 3 workers take part
     )
     played = None
     if config.attack.name != "none":
-        further = read_arguments(config.attack.arguments, setting="strategy.attack.arguments")
-        attack = build_attack(config.attack.name, arguments=further, seed=seed)
+        further = _read(config.attack.arguments, setting="strategy.attack.arguments")
+        with _named("strategy.attack.arguments"):
+            attack = build_attack(config.attack.name, arguments=further, seed=seed)
         played = Played(attack=attack, workers=config.attack.workers, from_step=config.attack.from_step)
     if config.fastest is not None:
         config.fastest.check(replicas=num_workers, num_faulty=config.f)
         aggregator.check(config.fastest.k)
     return Combiner(aggregator, num_workers=num_workers, played=played)
+
+
+def _read(pairs: Sequence[str], *, setting: str) -> dict[str, Any]:
+    """Return arguments as they were typed, for the setting that each lands in to read."""
+    given = read_arguments(pairs, setting=setting)
+    return {name: Text(value) if isinstance(value, str) else value for name, value in given.items()}
+
+
+@contextmanager
+def _named(setting: str) -> Iterator[None]:
+    """Say in a refusal where the value was given."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{setting}: {error}") from None
