@@ -15,11 +15,12 @@ from problem import (
     accuracy,
     gradients,
     initial_weights,
+    stream,
 )
 
 from hardy.distributed.aggregation import build_aggregator
 from hardy.distributed.attacks import build_attack, flip_labels
-from hardy.rng import generator_for, seed_for
+from hardy.rng import seed_for
 
 RATE, CURVE_STEPS = 0.2, 10
 RULES = {
@@ -90,7 +91,7 @@ class Cell:
     """Whether the first k of exponential times count; else all workers that attack, and some drawn others."""
     seed: int = 0
     draw: int = 0
-    """Another number draws other batches and other arrivals, with the same data, split and weights."""
+    """Another number draws another split, other batches and other arrivals, with the same data and weights."""
     steps: int = 300
 
     @property
@@ -106,9 +107,9 @@ class Training:
     def __init__(self, cell: Cell) -> None:
         self.cell = cell
         self.data = DATA[cell.data](cell.seed)
-        self.owners = SPLITS[cell.split](self.data, cell.seed)
+        self.owners = SPLITS[cell.split](self.data, cell.seed, cell.draw)
         self.theta = initial_weights(cell.seed)
-        self.draws = generator_for(cell.seed, "batches", *([cell.draw] if cell.draw else []))
+        self.draws = stream(cell.seed, "batches", cell.draw)
         self.num_faulty = 0 if cell.attack == "none" else cell.num_faulty
         self.momentum = torch.zeros(NUM_WORKERS, len(self.theta))
         self.attack = None

@@ -22,6 +22,8 @@ DIGITS_RULES = ("mean", "median", "multi-Krum", "NNM + trimmed mean", DEFAULT)
 OTHERS = (*(name for name in ATTACKS if name not in MAIN), LABEL_FLIP)
 MILD = ("mimic", "mimic, learned", "stale 100", "replay")
 """Attacks that are played on workers with unlike data too: with like data they say nothing new, or little."""
+COPIES = ("mimic", "mimic, learned")
+"""Attacks that are played on workers with one label each too: who copies harms only where others differ."""
 OTHER_RULES = (NOT_SANITISED, "mean", "median", "trimmed mean", "multi-Krum", "Krum", "Aksel", DEFAULT)
 SEARCHED_RULES = ("median", "trimmed mean", "multi-Krum")
 """Rules that the attacks which try out the rule twenty times a step are played on."""
@@ -32,8 +34,8 @@ FLOORS = ("iid", "non-iid", "momentum iid", "momentum non-iid", "near half")
 MUST_FAIL = ("mean", "median", "multi-Krum")
 """Rules that must fall where the other program's fell."""
 BROKEN, AGREED, EFFECT = 0.5, 0.02, 0.05
-DRAWS = 10
-"""Trainings of a broken cell for each of the first seeds: what batches come moves such cells most."""
+DRAWS = 20
+"""Trainings of a broken cell for each of the first seeds: which examples come moves such cells most."""
 
 
 class Grid:
@@ -60,6 +62,7 @@ class Grid:
             "digits": self._table("digits", attacks, DIGITS_RULES, data="digits"),
             "others": self._table("others", ("none", *OTHERS), OTHER_RULES),
             "others non-iid": self._table("others", ("none", *MILD), OTHER_RULES, split="non-iid"),
+            "others by label": self._table("others", ("none", *COPIES), OTHER_RULES, split="by label"),
             "broken": self._broken(),
             "near half": {},
             "trusted": {},
@@ -222,7 +225,8 @@ def least(table):
 def without_effect(found):
     """Return the attacks that take no rule much below what it reaches without."""
     drops = {}
-    for table, rules in (("iid", COLUMNS), ("others", OTHER_RULES), ("others non-iid", OTHER_RULES)):
+    others = ("others", "others non-iid", "others by label")
+    for table, rules in (("iid", COLUMNS), *((other, OTHER_RULES) for other in others)):
         clean = found[table]["none"]
         for attack, columns in found[table].items():
             gaps = [mean(clean[rule]) - mean(columns[rule]) for rule in rules if rule in columns]

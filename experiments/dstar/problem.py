@@ -60,15 +60,20 @@ def digits(seed: int) -> Data:
 DATA = {"gaussian": gaussian, "digits": digits}
 
 
-def split_iid(data: Data, seed: int) -> Tensor:
+def stream(seed: int, purpose: str, draw: int) -> torch.Generator:
+    """Return the random stream of a purpose; every draw but the first has one of its own."""
+    return generator_for(seed, purpose, *([draw] if draw else []))
+
+
+def split_iid(data: Data, seed: int, draw: int = 0) -> Tensor:
     """Return the examples of each worker: a random split."""
-    order = torch.randperm(data.num_train, generator=generator_for(seed, "split"))
+    order = torch.randperm(data.num_train, generator=stream(seed, "split", draw))
     return order.view(NUM_WORKERS, -1)
 
 
-def split_by_label(data: Data, seed: int) -> Tensor:
+def split_half_by_label(data: Data, seed: int, draw: int = 0) -> Tensor:
     """Return the examples of each worker: the first half of a slice sorted by label, half at random."""
-    generator = generator_for(seed, "split")
+    generator = stream(seed, "split", draw)
     sorted_by_label = data.labels[: data.num_train].argsort(stable=True).view(NUM_WORKERS, -1)
     num_own = sorted_by_label.shape[1] // 2
     num_others = sorted_by_label.shape[1] - num_own
@@ -76,7 +81,16 @@ def split_by_label(data: Data, seed: int) -> Tensor:
     return torch.cat([sorted_by_label[:, :num_own], torch.stack(others)], 1)
 
 
-SPLITS = {"iid": split_iid, "non-iid": split_by_label}
+def split_by_label(data: Data, _seed: int, _draw: int = 0) -> Tensor:
+    """Return the examples of each worker: one of the two halves of a label, near enough.
+
+    Workers 0 to 9 hold the first halves, 10 to 19 the second: those that attack take no label away.
+    """
+    sorted_by_label = data.labels[: data.num_train].argsort(stable=True)
+    return sorted_by_label.view(NUM_WORKERS // 2, 2, -1).transpose(0, 1).reshape(NUM_WORKERS, -1)
+
+
+SPLITS = {"iid": split_iid, "non-iid": split_half_by_label, "by label": split_by_label}
 
 
 def initial_weights(seed: int) -> Tensor:

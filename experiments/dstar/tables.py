@@ -11,6 +11,7 @@ TITLES = {
     "digits": "handwritten digits, IID",
     "others": "other attacks, IID, seed 1",
     "others non-iid": "other attacks, non-IID, seed 1",
+    "others by label": "other attacks, one label each, seed 1",
     "near half": "near the limit, IID",
 }
 
@@ -64,7 +65,7 @@ def accepted_table(table):
 def broken_table(found):
     """Return how much a broken cell depends on which batches come."""
     lines = [
-        f"| broken cells, {DRAWS} draws of batches | seed | expected | mean | least | most |",
+        f"| broken cells, {DRAWS} draws of split and batches | seed | expected | mean | least | most |",
         "|---|---|---|---|---|---|",
     ]
     for count, (row, rule, had, got) in enumerate(broken(found)):
