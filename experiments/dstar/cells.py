@@ -91,7 +91,7 @@ class Cell:
     """Whether the first k of exponential times count; else all workers that attack, and some drawn others."""
     seed: int = 0
     draw: int = 0
-    """Another number draws another split, other batches and other arrivals, with the same data and weights."""
+    """Another number draws another split, batches and arrivals, with the same data and weights."""
     steps: int = 300
 
     @property

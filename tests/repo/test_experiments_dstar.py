@@ -31,13 +31,24 @@ def test_the_task_is_that_of_the_expected_values(dstar):
     assert torch.nn.functional.cosine_similarity(layers[1][0][:10], centres).abs().max() < 0.5
     assert all(not bias.any() for _, b1, _, b2 in layers for bias in (b1, b2))
 
-    owners = problem.split_by_label(data, 0)
+    owners = problem.split_half_by_label(data, 0)
     assert owners.shape == (20, 490)
     slices = data.labels[:9_800].sort(stable=True).values.view(20, 490)
     assert torch.equal(data.labels[owners[:, :245]], slices[:, :245])
     spread = data.labels[owners[:, 245:]].flatten().bincount() / 4_900
     assert spread.min() > 0.08
     assert spread.max() < 0.12
+
+
+def test_one_label_each_takes_no_label_away_with_those_that_attack(dstar):
+    problem = dstar("problem")
+    data = problem.gaussian(0)
+    owners = problem.split_by_label(data, 0)
+    assert owners.flatten().sort().values.equal(torch.arange(9_800))
+    labels = data.labels[owners]
+    commonest = labels.mode(dim=1)
+    assert commonest.values.tolist() == [*range(10), *range(10)]
+    assert (labels == commonest.values[:, None]).double().mean() > 0.9
 
 
 def test_cells_have_the_seeds_that_their_comparison_asks_for(dstar):
@@ -75,8 +86,9 @@ def test_broken_cells_are_trained_many_times_and_compared_seed_by_seed(dstar):
     assert [grid.outside((had,), got) for _, _, had, got in told] == pytest.approx([0, 0.47])
 
 
-def test_another_draw_changes_batches_alone(dstar):
+def test_another_draw_changes_split_and_batches_alone(dstar):
     cells = dstar("cells")
     first, other = (cells.Training(cells.Cell(rule="mean", draw=draw)) for draw in (0, 1))
-    assert (first.theta == other.theta).all() and (first.owners == other.owners).all()
+    assert (first.theta == other.theta).all() and first.data is other.data
+    assert not torch.equal(first.owners, other.owners)
     assert not torch.equal(first._gradients()[0], other._gradients()[0])

@@ -100,3 +100,21 @@ def test_the_last_vector_is_one_more_row():
 def test_lower_median_place():
     assert lower_median_place(torch.tensor([5.0, 1.0, 3.0, 2.0])) == 3
     assert lower_median_place(torch.tensor([5.0, 1.0, 3.0])) == 2
+
+
+@pytest.mark.parametrize("num_rows", [5, 9, 13, 31])
+def test_equal_mixtures_have_equal_bits(num_rows):
+    """Else a rule that compares with one of them, ties included, takes some and leaves others."""
+    view = view_of(draw(num_rows, 41))
+    weights = draw(3, num_rows, dtype=torch.float64).softmax(1)
+    kind = torch.arange(2 * num_rows) % 3
+    got = view.mixed(weights[kind])
+    for k in range(3):
+        for numbers in (
+            got.mix_nR,
+            got.squares_n[:, None],
+            got.dots_n[:, None],
+            got.sample_weights_n[:, None],
+        ):
+            same = numbers[kind == k]
+            assert torch.equal(same, same[:1].expand_as(same))

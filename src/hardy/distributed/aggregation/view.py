@@ -188,16 +188,21 @@ class View:
         )
 
     def mixed(self, weights_kn: Tensor) -> "View":
-        """Return the view of averages of the rows: weights are at least 0 and each row's sum is 1."""
+        """Return the view of averages of the rows: weights are at least 0 and each row's sum is 1.
+
+        Equal mixtures are formed once, so that they tie to the last bit whatever order a product sums in.
+        """
         assert self.gram is not None, "what mixes rows says that it needs the Gram matrix"
-        mix_kR = weights_kn @ self.mix_nR
-        C_km = self.gram.coefficients(mix_kR)
+        weights_jn, place_k = weights_kn.unique(dim=0, return_inverse=True)
+        mix_jR = weights_jn @ self.mix_nR
+        C_jm = self.gram.coefficients(mix_jR)
+        squares_j = ((C_jm @ self.gram.basis_mm) * C_jm).sum(1).clamp(min=0)
         return replace(
             self,
-            mix_nR=mix_kR,
-            squares_n=((C_km @ self.gram.basis_mm) * C_km).sum(1).clamp(min=0),
-            sample_weights_n=weights_kn @ self.sample_weights_n,
-            dots_n=None if self.dots_n is None else weights_kn @ self.dots_n,
+            mix_nR=mix_jR[place_k],
+            squares_n=squares_j[place_k],
+            sample_weights_n=(weights_jn @ self.sample_weights_n)[place_k],
+            dots_n=None if self.dots_n is None else (weights_jn @ self.dots_n)[place_k],
         )
 
 
