@@ -356,7 +356,9 @@ def test_parameters_that_are_not_contiguous(low_memory):
     net.tall.data = net.tall.data.t().contiguous().t()
     low_memory.train(net, low_memory.make(net), range(3))
     assert net.tall.stride() == (1, 12)
-    close(weights(net), low_memory.trained(range(3)), **ROUNDING[low_memory.dtype])
+    # ten times the usual: a basis by SVD enlarges what other strides round otherwise
+    wider = {name: 10 * limit for name, limit in ROUNDING[low_memory.dtype].items()}
+    close(weights(net), low_memory.trained(range(3)), **wider)
 
 
 @pytest.mark.parametrize("entry", ["adamw", "apollo, kahan", "smmf, bf16, skip", "mixed"])

@@ -152,15 +152,16 @@ def test_local_steps_are_gradient_descent_on_the_nodes_own_loss():
         torch.testing.assert_close(v[i], u)
 
 
-def test_one_node_and_equal_nodes_are_gradient_descent_bit_for_bit():
+def test_one_node_and_equal_nodes_are_gradient_descent():
     Z, w = small().Z[0], draw(12, seed=9)
     local = partial(gd.logistic, eta=0.3, L=7)
     one, four = gd.nodes([Z]), gd.nodes([Z] * 4)
     alone = [w]
     for _ in range(5):
         alone.append(local(alone[-1], one)[0])
-    for x in (one, four):
-        assert all(torch.equal(a, b) for a, b in zip(gd.run(w, x, local, rounds=5), alone[1:], strict=True))
+    for x in (one, four):  # not to the last bit: some processors sum the products of one and of four apart
+        for a, b in zip(gd.run(w, x, local, rounds=5), alone[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(alone[-1], descend(w, [Z], [1.0], eta=0.3, steps=35))
 
 
