@@ -356,8 +356,8 @@ def test_parameters_that_are_not_contiguous(low_memory):
     net.tall.data = net.tall.data.t().contiguous().t()
     low_memory.train(net, low_memory.make(net), range(3))
     assert net.tall.stride() == (1, 12)
-    # ten times the usual: a basis by SVD enlarges what other strides round otherwise
-    wider = {name: 10 * limit for name, limit in ROUNDING[low_memory.dtype].items()}
+    # a basis by SVD enlarges what other strides round otherwise: on some processors to 8e-4
+    wider = {"rtol": 0.02, "atol": 0.002} if "svd" in str(low_memory) else ROUNDING[low_memory.dtype]
     close(weights(net), low_memory.trained(range(3)), **wider)
 
 
