@@ -107,9 +107,8 @@ def checked_blocks(blocks: Sequence[Tensor]) -> list[Tensor]:
     """Return the blocks outside the autograd graph; refuse what is no stack."""
     if not blocks:
         raise ValueError("there are no blocks; give a worker without columns one of shape [N, 0]")
-    kinds = [_kind(block) for block in blocks]
     if not all(isinstance(block, Tensor) for block in blocks):
-        raise ValueError(f"blocks must be a list of tensors [N, d], got {kinds}")
+        raise ValueError(f"blocks must be a list of tensors [N, d], got {[_kind(block) for block in blocks]}")
     shapes = [list(block.shape) for block in blocks]
     if any(block.ndim != 2 or block.shape[0] != blocks[0].shape[0] for block in blocks):
         raise ValueError(f"blocks must be [N, d] with one N, got shapes {shapes}")
