@@ -295,7 +295,7 @@ def test_ten_kills_in_two_hundred_rounds_cost_nothing_but_the_killed_replicas_ro
             kills.append((now(), replica))
             del running[replica]
         away = set(range(4)) - settled
-        # while one begins again the others go slowly: where steps are fast they would be done before it is back
+        # while one begins again the others go slowly: where steps are fast they would be done first
         held = [running[replica] for replica in settled if replica in running] if away else []
         hold(held, signal.SIGSTOP)
         time.sleep(0.1)  # the replicas need the cores
