@@ -159,18 +159,26 @@ def all_agree(run):
     return step, set(saved)
 
 
+def all_took_part(line):
+    """Check the steps of a round; who missed the end of the one before only gets the result of one redone."""
+    assert set(line["replica_steps"]) <= {EVERY} | ({0} if line["redone"] else set())
+
+
 def test_killed_replicas_come_back_a_stop_is_saved_and_the_run_goes_on(launch):
     run = launch(replicas=3).train()
     run.reaches(lambda line: line.get("round") == 3)
     killed = run.signal(signal.SIGKILL, 1)
     without = run.reaches(lambda line: line.get("members") == [0, 2])
-    assert without["generation"] == 1 and without["replica_steps"] == [EVERY] * 2
+    assert without["generation"] == 1 and len(without["replica_steps"]) == 2
+    all_took_part(without)
     back = run.reaches(joined(1))
-    assert back["members"] == [0, 1, 2] and back["replica_steps"] == [EVERY] * 3
+    assert back["members"] == [0, 1, 2] and len(back["replica_steps"]) == 3
+    all_took_part(back)
     assert run.running()[1].pid != killed
     run.signal(signal.SIGKILL, 0)
     back = run.reaches(joined(0))
-    assert back["members"] == [0, 1, 2] and back["replica_steps"] == [EVERY] * 3
+    assert back["members"] == [0, 1, 2] and len(back["replica_steps"]) == 3
+    all_took_part(back)
     run.process.send_signal(signal.SIGTERM)
     assert run.ends() == 143
     step, who = all_agree(run)
@@ -312,8 +320,8 @@ def test_ten_kills_in_two_hundred_rounds_cost_nothing_but_the_killed_replicas_ro
     numbers = [line["round"] for line in rounds]
     assert step == NUM_ROUNDS * EVERY and counters["round"] == NUM_ROUNDS
     assert numbers == sorted(set(numbers)) and numbers[-1] == NUM_ROUNDS
-    for line in rounds:  # one that came into the middle of a round only gets its result
-        assert set(line["replica_steps"]) <= {EVERY} | ({0} if line["redone"] else set())
+    for line in rounds:
+        all_took_part(line)
     assert math.isfinite(rounds[-1]["loss"]) and rounds[-1]["loss"] < 2.0
     report = {
         "seconds": round(took_s),
