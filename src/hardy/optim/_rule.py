@@ -233,9 +233,17 @@ class Rule(ABC):
     defaults: ClassVar[Mapping[str, Any]]
     """Settings of the kind beyond the shared ones, with their defaults."""
 
+    shaping_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings of the kind that say which state is kept, and in which shape."""
+
     @abstractmethod
     def check(self, group: Group) -> None:
         """Refuse settings out of range; the text names setting and value."""
+
+    def shaping(self, group: Group) -> dict[str, Any]:
+        """Return what must not change once there is state, by setting."""
+        own = {setting: group[setting] for setting in ("seed", *self.shaping_settings)}
+        return own | {"bf16_update": group["bf16_update"] == "kahan"}
 
     @abstractmethod
     def specs(self, shard: Shard, dtype: torch.dtype, group: Group, name: str) -> dict[str, StateSpec]:

@@ -26,6 +26,7 @@ from hardy.optim._rule import (
     local_shape,
     own_part,
 )
+from hardy.optim._saved import check_state, in_our_order
 from hardy.optim._sharded import ProcessGroup, Shard, Split, exchange, laid_out, local_part, shard_of
 from hardy.optim.int8_linear import VirtualWeight, check_int8_group
 from hardy.optim.release import GradientRelease
@@ -54,6 +55,7 @@ class RuleOptimizer(Optimizer):
         self._members: dict[Tensor, Member] = {}
         self._projections: dict[Any, tuple[int, Tensor]] = {}
         self._kept: dict[tuple[Member, ...], list[Bundle]] = {}
+        self._shaping: dict[int, Mapping[str, Any]] = {}
         self._release: GradientRelease | None = None
         known = {**SHARED_DEFAULTS, **self.rules[kind].defaults}
         for setting in settings:
@@ -67,6 +69,7 @@ class RuleOptimizer(Optimizer):
         self._members = {}
         self._projections = {}
         self._kept = {}
+        self._shaping = {}
         self._release = None
 
     def add_param_group(self, param_group: Group) -> None:
@@ -258,19 +261,24 @@ class RuleOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; every state tensor keeps its own dtype.
 
-        Plain tensors are the whole, also where the parameters are sharded now.
+        Parameters are matched by name within their group, in whatever order they stand; those whose names
+        are unknown on the other side, by order. Plain tensors are the whole, also where the parameters are
+        sharded now.
 
         Raises:
             ValueError: keys or shapes differ from what the parameters and settings ask for.
         """
+        if not self.state:  # settings may have been set since a load that was refused
+            self._members, self._shaping = {}, {}
+        state_dict = {**state_dict, "param_groups": in_our_order(self.param_groups, state_dict)}
         kept = {number: values for number, values in state_dict["state"].items() if values}
-        saved = [i for group in _groups_like(self.param_groups, state_dict) for i in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         # Before the saved settings come in, so that those at hand are held against the saved state; and not
         # where there is none, for then the parameters may still be stubs. What was frozen, or added after the
         # last step, has none and starts anew.
         for member, number in zip(self._all_members() if kept else [], saved, strict=False):
             if number in kept:
-                _check_state(member, kept[number])
+                check_state(member, kept[number])
         release = self._release
         # Torch casts state to the dtype of the parameter; so it is not given any.
         super().load_state_dict({**state_dict, "state": {}})
@@ -292,6 +300,7 @@ class RuleOptimizer(Optimizer):
         """Return all parameters in order; parameters may have been swapped since the last call."""
         members = []
         for index, group in enumerate(self.param_groups):
+            self._check_shaping(index, group)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 member = self._members.get(param)
                 if member is None or member.group is not group:
@@ -301,6 +310,17 @@ class RuleOptimizer(Optimizer):
             self._members = {member.param: member for member in members}
             self._kept = {}
         return members
+
+    def _check_shaping(self, index: int, group: Group) -> None:
+        """Refuse another value of a setting on which the state that there is depends."""
+        now = self.rules[group["kind"]].shaping(group)
+        then = self._shaping.setdefault(index, now)
+        for setting in now if now != then else ():
+            if now[setting] != then[setting]:
+                raise ValueError(
+                    f"{setting} of group {index} ({group['kind']!r}) was set to {group[setting]!r} after the "
+                    f"state had been made for another value; set it back, or build a new optimizer with it"
+                )
 
     def _new_member(self, index: int, name: str, param: Tensor) -> Member:
         group = self.param_groups[index]
@@ -443,39 +463,6 @@ def _check_parameter(param: Tensor, name: str) -> None:
         raise ValueError(
             f"parameter {name} is partitioned by DeepSpeed ZeRO-3; use fully_shard (FSDP2) or ZeRO-1"
         )
-
-
-def _check_state(member: Member, values: Mapping[str, Any]) -> None:
-    """Refuse saved state that is not what the parameter and its settings ask for."""
-    for key in values:
-        if key not in member.specs:
-            raise ValueError(
-                f"the saved state of {member.name} has {key!r}, which a {member.group['kind']!r} group with "
-                f"these settings does not keep; load it with the settings it was saved with"
-            )
-    for key, spec in member.specs.items():
-        if key not in values:
-            raise ValueError(
-                f"the saved state of {member.name} lacks {key!r}; it was saved with other settings"
-            )
-        shape = tuple(values[key].shape)
-        if shape != spec.shape:
-            raise ValueError(
-                f"state {key!r} of {member.name} was saved with shape {shape} and is {spec.shape} with the "
-                f"present settings; rank, side and shape settings cannot change at a resume"
-            )
-
-
-def _groups_like(groups: list[Group], state_dict: Mapping[str, Any]) -> list[Group]:
-    """Return the groups of saved state; refuse others than the optimizer has."""
-    saved: list[Group] = state_dict["param_groups"]
-    ours, theirs = ([(g.get("kind"), len(g["params"])) for g in some] for some in (groups, saved))
-    if ours != theirs:
-        raise ValueError(
-            f"the saved state has groups of (kind, number of parameters) {theirs}, the optimizer has {ours}; "
-            f"build it as for the saved run"
-        )
-    return saved
 
 
 def _signed(key: int) -> int:

@@ -60,6 +60,12 @@ class ApolloRule(Rule):
         "stacked": True,
     }
 
+    shaping_settings: ClassVar[tuple[str, ...]] = ("rank", "side", "wide_state", "stacked")
+
+    def shaping(self, group: Group) -> dict[str, Any]:
+        """Return what must not change once there is state; a basis is kept for singular directions only."""
+        return super().shaping(group) | {"proj": group["proj"] == "svd"}
+
     def check(self, group: Group) -> None:
         """Refuse settings out of range."""
         check_betas(group)

@@ -126,7 +126,10 @@ class APOLLOMini(RuleOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay per unit of learning rate.
         scale: the paper's alpha, sqrt(128) unless given.
-        settings: as for `APOLLO`.
+        settings: as for `APOLLO`, but `rank` and `scale_type`.
+
+    Raises:
+        ValueError: a rank other than 1, or another `scale_type`; those are `APOLLO`.
     """
 
     rules: ClassVar[Mapping[str, Rule]] = RULES
@@ -141,14 +144,13 @@ class APOLLOMini(RuleOptimizer):
         scale: float | Literal["auto"] | None = None,
         **settings: Any,
     ) -> None:
-        own = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": 1,
-            "scale_type": "tensor",
-        }
+        mini = {"rank": 1, "scale_type": "tensor"}
+        for setting, value in mini.items():
+            if settings.get(setting, value) != value:
+                raise ValueError(
+                    f"APOLLOMini has {setting}={value!r}, got {settings[setting]!r}; for another use APOLLO"
+                )
+        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **mini}
         super().__init__(params, kind="apollo", settings=own | _alpha(scale, settings, default=MINI_SCALE))
 
 

@@ -48,9 +48,10 @@ def route_params(
         matrix     of linear modules                                       kind
         other      all else                                                adamw
 
-    `sgd` and `adafactor` take every role but the embedding, which takes `embed_kind`; `muon` takes plain
-    matrices only. Tied weights appear once, under their first name; frozen ones are left out. Works on meta
-    tensors, under DDP, FSDP2 (by whole shapes), torch.compile and activation checkpointing.
+    Among all else are the weights of recurrent modules, parametrized ones and adapters; `rules` give them to
+    another kind. `sgd` and `adafactor` take every role but the embedding, which takes `embed_kind`; `muon`
+    takes plain matrices only. Tied weights appear once, under their first name; frozen ones are left out.
+    Works on meta tensors, under DDP, FSDP2 (by whole shapes), torch.compile and activation checkpointing.
 
     Args:
         model: whose parameters are routed.

@@ -55,6 +55,12 @@ class SMMFRule(Rule):
         "per_slice": False,
     }
 
+    shaping_settings: ClassVar[tuple[str, ...]] = ("vector_reshape", "shape_policy", "pack", "per_slice")
+
+    def shaping(self, group: Group) -> dict[str, Any]:
+        """Return what must not change once there is state; without momentum it is not kept."""
+        return super().shaping(group) | {"beta1": group["beta1"] is None}
+
     def check(self, group: Group) -> None:
         """Refuse settings out of range."""
         beta1 = group["beta1"]
