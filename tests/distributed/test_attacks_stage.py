@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hardy.distributed.attacks import build_attack
 from hardy.distributed.attacks_blind import Gaussian, Zero
 from hardy.distributed.attacks_informed import Ipm
 from hardy.distributed.attacks_stage import (
@@ -162,3 +163,23 @@ def test_no_history_is_kept_of_what_needs_gradients():
     stack = rows * 1
     Ipm()([stack.detach()], attackers=[0])
     assert stack[0].tolist() == [-0.5, -0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("huge", {}),
+        ("huge", {"value": -1e300}),
+        ("ipm", {"strength": 1e6}),
+        ("alie", {"z": 1e6}),
+        ("gaussian", {"sd": 1e6}),
+        ("drift", {"growth": 1e6}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_finite_stays_finite_in_narrow_dtypes(name, arguments, dtype):
+    rows = torch.randn(7, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    build_attack(name, arguments=arguments)([rows], attackers=[5, 6])
+    assert rows.isfinite().all()
+    if name == "huge" and dtype == torch.float16:
+        assert rows[5:].abs().eq(torch.finfo(dtype).max).all()

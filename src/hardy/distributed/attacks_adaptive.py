@@ -187,6 +187,11 @@ class Mimic(Attack):
         super().__post_init__()
         self._target = self.worker
 
+    @property
+    def remembers_columns(self) -> bool:
+        """Whether it learns a direction."""
+        return self.warmup_steps > 0
+
     def play(self, stage: Stage) -> None:
         """Write the row of the worker that is copied."""
         if self._seen < self.warmup_steps:

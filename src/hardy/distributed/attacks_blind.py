@@ -56,8 +56,8 @@ class Huge(Attack):
     """The number."""
 
     def play(self, stage: Stage) -> None:
-        """Write the number into every column."""
-        stage.write(lambda chunk: torch.full_like(chunk.rows[0], self.value))
+        """Write the number into every column; in a dtype that ends before it, the last one."""
+        stage.write(lambda chunk: torch.full_like(chunk.rows[0], self.value, dtype=torch.float64))
 
 
 @dataclass(kw_only=True)
@@ -164,6 +164,11 @@ class Stale(Attack):
     """k: how old the gradient is; replay keeps one for ever."""
     _kept: dict[int, list[list[Tensor]]] = field(init=False, repr=False, default_factory=dict)
     """By row: own gradients, oldest first, as one vector for each block."""
+
+    @property
+    def remembers_columns(self) -> bool:
+        """Whether it keeps gradients: it does."""
+        return True
 
     def play(self, stage: Stage) -> None:
         """Keep the attackers' gradients and write old ones."""

@@ -92,9 +92,16 @@ class Stage:
         return self.total(torch.stack(parts).sum(0))
 
     def write(self, vectors_of: Callable[[Chunk], Tensor]) -> None:
-        """Write [c], or a row for each attacker [A, c], into the attackers' rows of each chunk."""
+        """Write [c], or a row for each attacker [A, c], into the attackers' rows of each chunk.
+
+        What is finite and too large for the rows' dtype becomes its largest number; NaN and infinity stay.
+        """
         for chunk in self.chunks():
-            vectors = vectors_of(chunk).to(chunk.rows.dtype).expand(len(self.attackers), -1)
+            vectors = vectors_of(chunk)
+            if vectors.dtype != chunk.rows.dtype:
+                largest = torch.finfo(chunk.rows.dtype).max
+                vectors = torch.where(vectors.isfinite(), vectors.clamp(-largest, largest), vectors)
+            vectors = vectors.to(chunk.rows.dtype).expand(len(self.attackers), -1)
             for row, vector in zip(self.attackers, vectors, strict=True):
                 chunk.rows[row].copy_(vector)
 
@@ -195,6 +202,11 @@ class Attack:
             self.play(stage)
 
     @property
+    def remembers_columns(self) -> bool:
+        """Whether it keeps gradients, so that each call must bring the same rows and columns."""
+        return False
+
+    @property
     def name(self) -> str:
         """Return the attack's name in messages: that of its class, in small letters."""
         return "".join("_" * (c.isupper() and i > 0) + c.lower() for i, c in enumerate(type(self).__name__))
@@ -204,7 +216,7 @@ class Attack:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values; empty for attacks without memory."""
+        """Return plain values and, as `.../BLOCK`, tensors of columns; empty for attacks without memory."""
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:

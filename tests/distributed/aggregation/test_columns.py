@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hardy.distributed.aggregation import stack
+from hardy.distributed.aggregation import build_aggregator, stack
 from hardy.distributed.aggregation.columns import Rows, drawn_columns
 from hardy.distributed.aggregation.stack import identity
 
@@ -89,3 +89,16 @@ def test_a_draw_from_columns_of_unknown_place_is_refused():
     here = Rows(blocks=BLOCKS, places=[0], total=lambda number: number + 5)
     with pytest.raises(ValueError, match="23 of 28 columns are here; to draw some give first_columns"):
         here.drawn(3, seed=0, purpose=[])
+
+
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-60, 2.0**60, 2.0**90])
+def test_distances_whose_squares_leave_float32_are_what_they_are(size):
+    rows = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    for rule, other in (("aksel", {}), ("kardam", {})):
+        found = []
+        for scale in (1.0, size):
+            aggregator = build_aggregator(rule, num_faulty=2, arguments=other)
+            for step in range(3):
+                outcome = aggregator([rows.roll(step, 0) * scale], step=step)
+            found.append(outcome.vectors[0] / scale)
+        assert torch.equal(*found)

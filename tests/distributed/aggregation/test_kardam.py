@@ -51,3 +51,12 @@ def test_a_row_that_was_removed_is_not_remembered():
     spoiled[3] = torch.nan
     assert 3 not in aggregator([spoiled]).metrics["accepted"]
     assert aggregator([Gs[2]]).vectors[0].isfinite().all()
+
+
+def test_it_goes_on_when_columns_are_forgotten():
+    aggregator = build_aggregator("kardam", num_faulty=1)
+    for step in range(6):
+        outcome = aggregator([torch.randn(5, 8, generator=torch.Generator().manual_seed(step))], step=step)
+        assert outcome.taken == "rows" and outcome.vectors[0].isfinite().all()
+        if step in (0, 3):
+            aggregator.forget_columns()

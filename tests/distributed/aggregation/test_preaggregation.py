@@ -37,7 +37,9 @@ def test_clipping_and_mixing_in_order():
         (["nnm", "arc"], twin.arc(twin.nnm(X, 2), 2)),
     ):
         for rule, plain in (("trimmed_mean", twin.trimmed_mean), ("cge", twin.cge), ("krum", twin.krum)):
-            if not (rule == "cge" and "arc" in pre):  # it leaves rows of equal norm
+            if not (
+                rule == "cge" and "arc" in pre
+            ):  # its twin does not know which of the clipped were shorter
                 torch.testing.assert_close(aggregate(X, rule, num_faulty=2, pre=pre), plain(rows, 2))
 
 
@@ -83,3 +85,18 @@ def test_wrong_numbers_are_refused(text):
 def test_wrong_settings_are_refused(build, says):
     with pytest.raises(ConfigError, match=says):
         build()
+
+
+@pytest.mark.parametrize("pre", ["clip:1e-3", "clip:0.7", "arc"])
+def test_rows_clipped_to_one_norm_tie_to_the_last_bit(pre):
+    for seed in range(20):
+        rows = (
+            torch.randn(9, 40, generator=torch.Generator().manual_seed(seed)) * torch.arange(1.0, 10)[:, None]
+        )
+        rows = rows[torch.randperm(9, generator=torch.Generator().manual_seed(seed))]
+        shortest = rows.norm(dim=1).argsort()[:6].sort().values
+        outcome = build_aggregator("cge", num_faulty=3, pre=[pre])([rows])
+        assert sorted(outcome.metrics["accepted"]) == shortest.tolist()  # whatever they were clipped to
+        if pre != "arc":
+            screen = build_aggregator("norm_screen", num_faulty=3, pre=[pre], arguments={"factor": 1.0})
+            assert screen([rows]).metrics["accepted"] == list(range(9))

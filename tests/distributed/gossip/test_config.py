@@ -82,3 +82,10 @@ def test_graphs_that_replicas_may_leave_are_there_for_every_number_of_them():
         assert PushSumConfig(topology=topology, elastic=True).elastic
         for num_nodes in range(1, 12):
             assert len(Topology(topology, num_nodes=num_nodes).at(3).shares) == num_nodes
+
+
+def test_random_edges_without_any_edge_are_refused():
+    with pytest.raises(ConfigError, match="topology.probability=0 and .*across=0 has no edge.* above 0"):
+        TopologyConfig(name="random_edges", probability=0.0, across=0.0)
+    TopologyConfig(name="random_edges", probability=0.0)
+    TopologyConfig(name="ring", probability=0.0, across=0.0)

@@ -5,6 +5,8 @@ import torch
 
 from hardy.config import ConfigError, from_dict
 from hardy.distributed.robust.build import build_combiner
+from hardy.distributed.robust.config import AttackConfig, RobustConfig
+from hardy.distributed.robust.fastest_config import FastestConfig
 from hardy.train.config import TrainConfig
 
 
@@ -59,3 +61,15 @@ def test_draws_go_by_the_seed():
 def test_arguments_are_read_as_settings_are():
     combine = build_combiner(configured(rule="multi_krum", f=1, arguments=["keep=none"]), num_workers=5)
     assert combine.aggregator.rule.keep is None
+
+
+@pytest.mark.parametrize("where", [{"fastest": FastestConfig(k=4)}, {"worker": "rank"}])
+@pytest.mark.parametrize("attack", [("stale", ()), ("replay", ()), ("mimic", ("warmup_steps=3",))])
+def test_an_attack_that_keeps_gradients_is_refused_where_rows_or_columns_change(where, attack):
+    name, arguments = attack
+    played = AttackConfig(name=name, workers=(1,), arguments=arguments)
+    with pytest.raises(ConfigError, match=f"attack.name='{name}' .* keeps gradients .* leave out strategy"):
+        build_combiner(RobustConfig(attack=played, **where), num_workers=5)
+    build_combiner(RobustConfig(attack=played), num_workers=5)
+    played = AttackConfig(name="mimic", workers=(1,))
+    build_combiner(RobustConfig(attack=played, **where), num_workers=5)

@@ -430,3 +430,26 @@ def test_one_that_leaves_is_not_lost():
     office = Office(Rules(k=2))
     office.say(Kind.LEAVE, 3)
     assert office.coordinator.counts["lost"] == 0 and 3 not in office.coordinator.members
+
+
+def test_one_that_is_elected_alone_and_falls_silent_is_not_waited_for_for_ever():
+    office = Office(Rules(k=1, silence_s=2.0, finish_s=10.0), replicas=3)
+    office.ready(0, 1)
+    assert office.heard(0)[0][-1] == ["GO", "ANNOUNCE"]
+    assert office.coordinator.due_s(office.now_s) == office.now_s + 12.0
+    office.tick(after_s=11.9)
+    assert 0 in office.coordinator.members
+    office.tick(after_s=0.2)
+    assert 0 not in office.coordinator.members and office.heard(0, 1)[0] == [["OUT"]]
+    assert office.heard(1)[0][-1] == ["GO", "ANNOUNCE"]
+    office.coordinator.lose(2, office.now_s)
+    assert office.coordinator.due_s(office.now_s) == math.inf  # nobody else is left who could go on
+
+
+def test_strangers_of_any_number_fill_neither_log_nor_memory(caplog):
+    office = Office(Rules(k=2), replicas=3)
+    for number in range(1000):
+        assert office.join(100 + number).reason is Reason.NUMBER
+        assert office.join(number % 3, digest=b"other".ljust(16)).reason is Reason.SETTINGS
+    assert office.coordinator.counts["refused"] == 2000 and len(caplog.records) == 11  # 1, 2, 4, ... 1024
+    assert len(office.coordinator._refused) == 1 and len(office.coordinator._admission._nonces) == 3

@@ -230,3 +230,20 @@ def test_an_exchange_that_is_done_again_finds_the_rule_as_it_was():
         return strategy._combine.aggregator.state_dict()["steps"] - before["steps"]
 
     assert SimWorld(3).run(body) == [1, 1, 1]
+
+
+def test_a_long_window_travels_to_one_that_is_late():
+    def body(comm):
+        side = Side(comm, k=3, rule="dstar", f=1)
+        rule = build_aggregator("dstar", num_faulty=1, arguments={"window": 2000})
+        filled = torch.arange(2000.0, dtype=torch.float64) / 3
+        rule.load_state_dict(rule.state_dict() | {"history": filled, "steps": 2000})
+        settings = {"sender": side.strategy._sender, "inner": Alone(clock=comm.clock), "form": "slices"}
+        combine = Combiner(rule, num_workers=comm.size)
+        side.strategy = FastestRobust(side.optimizer, enter=side.strategy._enter, combine=combine, **settings)
+        side.train(4, work_s=5.0 if comm.rank == 3 else 1.0)
+        return side.overtaken, combine.aggregator.state_dict()["history"]
+
+    found = SimWorld(4).run(body)
+    assert found[3][0] > 0 and all(torch.equal(history, found[0][1]) for _, history in found)
+    assert len(found[0][1]) == 2000

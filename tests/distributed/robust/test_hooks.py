@@ -77,3 +77,16 @@ def test_ranks_that_draw_columns_draw_from_those_of_all():
         torch.testing.assert_close(got, aggregator()([X], step=step).vectors[0])
         seen.add(tuple(got.tolist()))
     assert len(seen) > 1
+
+
+def test_what_is_not_saved_is_told_of_when_a_run_goes_on(caplog):
+    for rule, forgets in (("centered_clip", True), ("kardam", True), ("trimmed_mean", False)):
+        combine = Combiner(build_aggregator(rule, num_faulty=1), num_workers=5)
+        combine([torch.randn(5, 4)], step=0, total=lambda numbers: numbers)
+        ranks = SimpleNamespace(_combine=combine, _step=3)
+        state = RobustRanks.state_dict(ranks)
+        assert state["about"] == {"step": 3, "rule": {}, "forgets": forgets}
+        caplog.clear()
+        RobustRanks.load_state_dict(ranks, state)
+        assert (f"strategy.rule='{rule}' begins anew" in caplog.text) == forgets
+        assert ("take strategy.worker='replica'" in caplog.text) == forgets

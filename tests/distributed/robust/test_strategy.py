@@ -1,5 +1,6 @@
 """The strategy: equal bits everywhere, what a bad worker cannot do, reports, momentum, state."""
 
+import copy
 import math
 
 import pytest
@@ -288,3 +289,106 @@ def test_parameters_without_a_gradient_count_as_zeros():
 
     found = SimWorld(4).run(body)
     torch.testing.assert_close(found[3], own_gradients(4)[0] / 4)
+
+
+def gone_on(config, *, size, other_size=None, other_config=None, dtype=torch.float32):
+    """Return what 3 workers of a run and of one that takes its state over do at the next steps."""
+    saved = {}
+
+    def step(side, t):
+        side.strategy.before_forward()
+        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * t + side.comm.rank)).to(dtype)
+        nn.functional.mse_loss(side.model(x), x.sum(1, keepdim=True)).backward()
+        side.strategy.reduce_gradients()
+        reduced = torch.cat([param.grad.flatten() for param in side.model.parameters()])
+        side.optimizer.step()
+        side.strategy.after_step()
+        side.optimizer.zero_grad()
+        return reduced
+
+    def make(comm, config):
+        model = make_model().to(dtype)
+        grid = split(comm, replicas=comm.size, shards=1)
+        side = Side.__new__(Side)
+        side.comm, side.model = comm, model
+        side.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trained = Trained(model=model, optimizer=side.optimizer, unit_names=["0", "2"], comm=comm, grid=grid)
+        side.strategy = build_strategy(config, trained)
+        return side
+
+    def first(comm):
+        side = make(comm, config)
+        for t in range(4):
+            step(side, t)
+        weights, state = copy.deepcopy((side.model.state_dict(), side.strategy.state_dict()))
+        saved[comm.rank] = (weights, state)
+        return [step(side, t) for t in range(4, 8)]
+
+    def second(comm):
+        side = make(comm, other_config or config)
+        weights, state = saved[comm.rank % size]
+        side.model.load_state_dict(weights)
+        side.strategy.expect({key: value for key, value in state.items() if not torch.is_tensor(value)})
+        room = side.strategy.state_dict()
+        for key, value in room.items():
+            if torch.is_tensor(value):
+                value.copy_(state[key])
+        side.strategy.load_state_dict(room)
+        return [step(side, t) for t in range(4, 8)]
+
+    return SimWorld(size).run(first), SimWorld(other_size or size).run(second)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [("stale", ("steps=3",)), ("replay", ()), ("mimic", ("warmup_steps=6",)), ("drift", ())],
+    ids=lambda attack: attack[0],
+)
+def test_what_an_attack_remembers_goes_on_bit_for_bit(attack):
+    name, arguments = attack
+    played = AttackConfig(name=name, workers=(1,), arguments=arguments)
+    config = RobustConfig(rule="mean", f=1, pre=(), attack=played)
+    for went_on, took_over in zip(*gone_on(config, size=4), strict=True):
+        assert all(map(torch.equal, went_on, took_over))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobustConfig(rule="centered_clip", f=1, pre=()),
+        RobustConfig(rule="mean", f=1, pre=(), worker_momentum=0.9),
+        RobustConfig(rule="mda", f=1, pre=(), history=0.5),
+    ],
+    ids=["centered_clip", "momentum", "history"],
+)
+def test_of_float64_weights_all_bits_are_remembered(config):
+    went_on, took_over = gone_on(config, size=4, dtype=torch.float64)
+    assert all(map(torch.equal, went_on[0], took_over[0])) and went_on[0][0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobustConfig(rule="mda", f=1, pre=(), history=0.5),
+        RobustConfig(rule="kardam", f=1, pre=()),
+        RobustConfig(rule="centered_clip", f=1, pre=()),
+        RobustConfig(
+            rule="mean", f=1, pre=(), attack=AttackConfig(name="stale", workers=(1,), arguments=("steps=3",))
+        ),
+    ],
+    ids=["history", "kardam", "centered_clip", "stale"],
+)
+@pytest.mark.parametrize("other_size", [4, 6])
+def test_with_other_workers_what_was_kept_of_each_begins_anew(config, other_size):
+    _, took_over = gone_on(config, size=5, other_size=other_size)
+    assert len(took_over) == other_size and all(x.isfinite().all() for x in took_over[0])
+
+
+@pytest.mark.parametrize("other", [AttackConfig(), AttackConfig(name="mimic", workers=(2,))])
+def test_a_run_may_go_on_under_another_attack(other):
+    config = RobustConfig(rule="mean", f=1, pre=(), attack=AttackConfig(name="stale", workers=(1,)))
+    other_config = RobustConfig(rule="mean", f=1, pre=(), attack=other)
+    went_on, took_over = gone_on(config, size=4, other_config=other_config)
+    assert all(map(torch.equal, took_over[0], took_over[3])) and not torch.equal(
+        went_on[0][0], took_over[0][0]
+    )

@@ -9,7 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hardy.distributed.aggregation.stack import Loader, Total, chunks, square_rows, working_dtype
+from hardy.distributed.aggregation.stack import (
+    LARGEST_SQUARE,
+    SMALLEST_SQUARE,
+    Loader,
+    Total,
+    chunks,
+    square_rows,
+    working_dtype,
+)
 from hardy.rng import numpy_generator_for
 
 Reduce = Callable[[Tensor], Tensor]
@@ -94,20 +102,37 @@ class Rows:
     def _summed(
         self, size: int, mix_nR: Tensor | None, measure: Callable[[int, slice, Tensor], Tensor]
     ) -> Tensor:
-        """Return the squared norms of what `measure` makes of each chunk, added up over all columns."""
+        """Return the squared norms of what `measure` makes of each chunk, added up over all columns.
+
+        Where float32 squares overflow or vanish all are formed again in float64, by all workers alike.
+        """
+        sums_n = self._summed_in(torch.float32, size, mix_nR, measure)
+        if bool(((sums_n > SMALLEST_SQUARE) & (sums_n < LARGEST_SQUARE)).all()):
+            return sums_n
+        return self._summed_in(torch.float64, size, mix_nR, measure)
+
+    def _summed_in(
+        self,
+        least: torch.dtype,
+        size: int,
+        mix_nR: Tensor | None,
+        measure: Callable[[int, slice, Tensor], Tensor],
+    ) -> Tensor:
         sums_n = torch.zeros(size, dtype=torch.float64, device=self.blocks[0].device)
         for number, block in enumerate(self.blocks):
             here_n = torch.zeros_like(sums_n, device=block.device)
-            for where, x_nc in self._chunks(block, mix_nR):
+            for where, x_nc in self._chunks(block, mix_nR, least):
                 here_n += square_rows(measure(number, where, x_nc))
             sums_n += here_n.to(sums_n.device)
         return self.total(sums_n).cpu()
 
-    def _chunks(self, block: Tensor, mix_nR: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Yield columns and the mixtures there, which may be overwritten: [n, c]."""
+    def _chunks(
+        self, block: Tensor, mix_nR: Tensor | None, least: torch.dtype = torch.float32
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield columns and the mixtures there, which may be overwritten: [n, c], at least in this dtype."""
         picked = range(len(self.places)) if mix_nR is None else _picked(mix_nR)
         places = self.places if picked is None else [self.places[i] for i in picked]
-        loader = Loader(block, places, dtype=working_dtype(block))
+        loader = Loader(block, places, dtype=torch.promote_types(least, working_dtype(block)))
         weights, mixed = None if mix_nR is None or picked is not None else mix_nR.tolist(), None
         for where in chunks(block):
             x_Rc = loader.copy(where)

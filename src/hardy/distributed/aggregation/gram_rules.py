@@ -107,14 +107,18 @@ def krum_scores(view: View, num_faulty: int, neighbours: str) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class CGE(WeightRule):
-    """The mean of the n - f shortest rows."""
+    """The mean of the n - f shortest rows; of those clipped to one norm, the ones that were shortest before.
+
+    So what clips rows before it changes what is added up, and not which rows are.
+    """
 
     name: ClassVar[str] = "cge"
     is_self_reported: ClassVar[bool] = True
 
     def weigh(self, view: View, num_faulty: int, state: Mapping[str, Any]) -> Weighing:
         """Return the weights."""
-        kept = smallest(view.squares_n, view.num_rows - num_faulty)
+        squares_n = view.squares_n if view.unclipped_n is None else view.unclipped_n
+        kept = smallest(squares_n, view.num_rows - num_faulty)
         return Weighing(weights_n=average_of(kept, view.num_rows), metrics={"accepted": kept.tolist()})
 
 

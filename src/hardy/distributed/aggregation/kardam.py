@@ -49,7 +49,8 @@ class Kardam(WeightRule):
         for worker, change in zip(view.workers, view.changes_n.tolist(), strict=True):
             moved = state["moved"] - state.get(f"seen/{worker}", math.inf)
             after[f"seen/{worker}"] = state["moved"]
-            if moved > 0:  # somewhere between, a vector was given out
+            # Somewhere between, a vector was given out; NaN where the row before it was forgotten.
+            if moved > 0 and not math.isnan(change):
                 after[f"latest/{worker}"] = math.sqrt(change) / moved
         latest = sorted(value for key, value in after.items() if key.startswith("latest/"))
         known = [f"latest/{worker}" in after for worker in view.workers]

@@ -7,10 +7,11 @@ Letters: n rows, f of them faulty. Rows themselves are never touched: only numbe
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from hardy.config import PositiveFloat, PositiveInt
 from hardy.distributed.aggregation.names import split_pre_aggregator
@@ -102,7 +103,7 @@ class Clip(PreAggregator):
 
     def apply(self, view: View, num_faulty: int, seed: int) -> View:
         """Return the shortened rows."""
-        return _clipped(view, self.norm)
+        return _clipped(view, torch.tensor(self.norm, dtype=torch.float64).square())
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,15 @@ class AdaptiveClip(PreAggregator):
         n = view.num_rows
         num_clipped = 2 * num_faulty * (n - num_faulty) // n
         longest_left = smallest(view.squares_n, n - num_clipped)[-1]
-        return _clipped(view, view.norms_n[longest_left].item())
+        return _clipped(view, view.squares_n[longest_left])
 
 
-def _clipped(view: View, norm: float) -> View:
-    norms_n = view.norms_n
-    return view.scaled(torch.where(norms_n > norm, norm / norms_n, 1.0))
+def _clipped(view: View, square: Tensor) -> View:
+    """Return the view with rows shortened to a norm; those shortened tie with each other to the last bit."""
+    squares_n = view.squares_n
+    shorter = view.scaled(torch.where(squares_n > square, (square / squares_n).sqrt(), 1.0))
+    unclipped_n = squares_n if view.unclipped_n is None else view.unclipped_n
+    return replace(shorter, squares_n=squares_n.clamp(max=square), unclipped_n=unclipped_n)
 
 
 PRE_AGGREGATORS: dict[str, type[PreAggregator]] = {

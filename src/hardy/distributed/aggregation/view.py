@@ -139,6 +139,9 @@ class View:
     """Who sent the rows in use."""
     rows: Rows | None = None
     """The rows in use. None where only what the workers report is known."""
+    unclipped_n: Tensor | None = None
+    """Squared norms before rows were shortened to a common norm, by which equals are told apart; None where
+    none was."""
     changes_n: Tensor | None = None
     """Squared distances of the rows in use to what their workers sent the last time; NaN for the first."""
 
@@ -201,6 +204,7 @@ class View:
             self,
             mix_nR=mix_jR[place_k],
             squares_n=squares_j[place_k],
+            unclipped_n=None,
             sample_weights_n=(weights_jn @ self.sample_weights_n)[place_k],
             dots_n=None if self.dots_n is None else (weights_jn @ self.dots_n)[place_k],
         )

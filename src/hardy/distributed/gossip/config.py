@@ -49,8 +49,14 @@ class TopologyConfig(Config):
     """Of file: a JSON list of rounds, each a list of [sender, receiver] or [sender, receiver, share]."""
 
     def __post_init__(self) -> None:
-        """Refuse a file without its kind, and the reverse."""
+        """Refuse a file without its kind, and the reverse, and a graph without any edge."""
         super().__post_init__()
+        if self.name == "random_edges" and self.probability == self.across == 0:
+            raise ConfigError(
+                "strategy.topology.name='random_edges' with strategy.topology.probability=0 and "
+                "strategy.topology.across=0 has no edge at any round, so nobody would exchange anything; set "
+                "one of them above 0"
+            )
         if (self.name == "file") != (self.file is not None):
             raise ConfigError(
                 f"strategy.topology.name={self.name!r} and strategy.topology.file={self.file!r}: name the "

@@ -50,7 +50,8 @@ class Admission:
     _nonces: set[bytes] = field(default_factory=set)
 
     def is_replayed(self, record: Record) -> bool:
-        """Return whether this JOIN has come before; remember it."""
+        """Return whether this JOIN has come before; remember it. Ask for those alone that are let in else, or
+        strangers could fill the memory."""
         if record.nonce in self._nonces:
             return True
         self._nonces.add(record.nonce)

@@ -50,11 +50,25 @@ it to at most 0, or let at least 3 workers take part
         further = _read(config.attack.arguments, setting="strategy.attack.arguments")
         with _named("strategy.attack.arguments"):
             attack = build_attack(config.attack.name, arguments=further, seed=seed)
+        if attack.remembers_columns:
+            _check_whole_rows(config)
         played = Played(attack=attack, workers=config.attack.workers, from_step=config.attack.from_step)
     if config.fastest is not None:
         config.fastest.check(replicas=num_workers, num_faulty=config.f)
         aggregator.check(config.fastest.k)
     return Combiner(aggregator, num_workers=num_workers, played=played)
+
+
+def _check_whole_rows(config: CombinedConfig) -> None:
+    """Refuse an attack that keeps gradients where each call brings other rows or columns."""
+    setting = "strategy.fastest" if config.fastest is not None else "strategy.worker='rank'"
+    if config.fastest is not None or config.worker == "rank":
+        raise ConfigError(
+            f"strategy.attack.name={config.attack.name!r} with strategy.attack.arguments="
+            f"{list(config.attack.arguments)} keeps gradients from step to step, and with {setting} each "
+            f"worker combines other parts of them every time; choose another attack, such as drift, or leave "
+            f"out {setting}"
+        )
 
 
 def _read(pairs: Sequence[str], *, setting: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from hardy.distributed.attacks import Attack
 
 _RATE = 0.02
 """At which the share of steps in which a worker was believed follows."""
+_ATTACK = "attack/"
+"""Before the names of what an attack remembers."""
 NOTHING_LEFT = "no gradient of this step that the rule could use"
 """Why a step is left out."""
 
@@ -126,6 +128,29 @@ class Combiner:
             return self.aggregator(blocks, **given).vectors
         finally:
             self.aggregator.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the rule and, as `attack/NAME/...`, the attack remember; columns end in `/BLOCK`."""
+        if self._played is None:
+            return self.aggregator.state_dict()
+        attack = self._played.attack
+        named = {f"{_ATTACK}{attack.name}/{key}": value for key, value in attack.state_dict().items()}
+        return self.aggregator.state_dict() | named
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, num_workers: int) -> None:
+        """Take it back; with another number of workers than now, nothing that was kept of each of them.
+
+        An attack of another name than the one that was saved begins anew.
+        """
+        state = {key: value for key, value in state_dict.items() if not key.startswith(_ATTACK)}
+        if num_workers == len(self.believed_rate):
+            own = "" if self._played is None else f"{_ATTACK}{self._played.attack.name}/"
+            attack = {key[len(own) :]: state_dict[key] for key in state_dict if own and key.startswith(own)}
+            if self._played is not None and attack:
+                self._played.attack.load_state_dict(attack)
+        elif any(key.startswith("row/") for key in state):
+            return
+        self.aggregator.load_state_dict(state)
 
     def _note(self, outcome: Outcome, workers: Sequence[int]) -> None:
         """Remember for the metrics who was believed."""

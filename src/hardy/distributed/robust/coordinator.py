@@ -49,6 +49,7 @@ class _Attempt:
     number: int
     elected: dict[int, int]
     """Generation by rank."""
+    begun_s: float
     answers: dict[int, bool] = field(default_factory=dict)
     """Whether it has the result, by rank."""
     heard_s: float | None = None
@@ -139,8 +140,7 @@ class Coordinator:
     def due_s(self, now_s: float) -> float:
         """Return the next moment at which `tick` may decide without a record."""
         if self._attempt is not None:
-            heard_s = self._attempt.heard_s
-            return math.inf if heard_s is None else heard_s + self.rules.silence_s
+            return self._end_of_silence_s(self._attempt)
         if self._finished_s is not None:
             return self._finished_s + self.rules.finish_s
         return math.inf if self._election is None else self._election.due_s(now_s)
@@ -190,13 +190,13 @@ class Coordinator:
         return {rank: seat.generation for rank, seat in self._seats.items()}
 
     def _join(self, record: Record, now_s: float) -> None:
+        reason = self._admission.objection(record)
+        if reason is not Reason.NONE:  # under one name, for strangers may call themselves by any number
+            self.refuse("one that asks to join", f"as replica {record.rank}: {REASONS[reason]}")
+            self._mail.append((record.nonce, [Record(kind=Kind.REFUSE, reason=reason, rank=record.rank)]))
+            return
         if self._admission.is_replayed(record):
             self.counts["duplicates"] += 1
-            return
-        reason = self._admission.objection(record)
-        if reason is not Reason.NONE:
-            self.refuse(f"replica {record.rank}", REASONS[reason])
-            self._mail.append((record.nonce, [Record(kind=Kind.REFUSE, reason=reason, rank=record.rank)]))
             return
         if record.rank in self._seats:
             self.lose(record.rank, now_s, reason=Reason.REPLACED)
@@ -319,7 +319,8 @@ class Coordinator:
         self.counts["reelections"] += self._tries > 1
         number = next(self._occasions)
         arrived = self._election.arrived
-        self._attempt = _Attempt(number=number, elected={rank: arrived[rank].generation for rank in elected})
+        generations = {rank: arrived[rank].generation for rank in elected}
+        self._attempt = _Attempt(number=number, elected=generations, begun_s=now_s)
         records = [record_of(arrived[rank]) for rank in elected]
         for rank in elected:
             seat = self._seats[rank]
@@ -339,7 +340,7 @@ class Coordinator:
         members = self.members
         there = [rank for rank, generation in attempt.elected.items() if members.get(rank) == generation]
         silent = [rank for rank in there if rank not in attempt.answers]
-        if silent and (attempt.heard_s is None or now_s < attempt.heard_s + self.rules.silence_s):
+        if silent and now_s < self._end_of_silence_s(attempt):
             return
         for rank in silent:
             self.lose(rank, now_s)
@@ -349,6 +350,20 @@ class Coordinator:
             self._commit(attempt, there, now_s)
         else:
             self._retry(attempt, there, now_s)
+
+    def _end_of_silence_s(self, attempt: _Attempt) -> float:
+        """Return until when those who have not answered may be silent; infinity where others will tell.
+
+        Others who were elected fail when one of them is silent, and say so. One alone is missed by nobody,
+        and can be spared where another one holds the same parameters.
+        """
+        rules = self.rules
+        if attempt.heard_s is not None:
+            return attempt.heard_s + rules.silence_s
+        others = (seat.at for rank, seat in self._seats.items() if rank not in attempt.elected)
+        if len(attempt.elected) > 1 or self._step not in others:
+            return math.inf
+        return attempt.begun_s + rules.finish_s + rules.silence_s
 
     def _retry(self, attempt: _Attempt, there: Iterable[int], now_s: float) -> None:
         assert self._election is not None, "attempts are made of elections"

@@ -66,7 +66,8 @@ class Rules:
     include_starved: bool = False
     silence_s: float = 10.0
     finish_s: float = 60.0
-    """How long those who have done the last step wait for the others."""
+    """How long those who have done the last step wait for the others, and, with `silence_s` besides, all for
+    one that was elected alone."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.k:

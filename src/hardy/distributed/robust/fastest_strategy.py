@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hardy.config import UserError
 from hardy.distributed.comm import Communicator
 from hardy.distributed.robust.combine import NOTHING_LEFT, Combiner, middle_loss
 from hardy.distributed.robust.exchange import Exchange, Form, dot
@@ -24,7 +23,9 @@ from hardy.distributed.sharded import local_part
 from hardy.distributed.strategy import SAVED_DTYPES, Strategy
 
 _ABOUT_BYTES = 16384
-"""Room for what a rule remembers, as text: some numbers."""
+"""Room for what a rule remembers, as text: some numbers, and those of its window besides."""
+_NUMBER_BYTES = 32
+"""Room for one number as text."""
 
 
 class _Late(NamedTuple):
@@ -64,6 +65,8 @@ class FastestRobust(Strategy):
         self._inner, self._enter, self._combine = inner, enter, combine
         self._form: Form = form
         self._keeps_late = keeps_late
+        window = getattr(combine.aggregator.rule, "window", 0)
+        self._about_bytes = _ABOUT_BYTES + _NUMBER_BYTES * window
         self._group: FastestGroup | None = None
         self._step = 0
         self._loss = math.nan
@@ -216,7 +219,7 @@ class FastestRobust(Strategy):
         for param in self._sender.parameters:
             state = self._optimizer.state.get(param, {})
             tensors += [local_part(state[key]) for key in sorted(state) if isinstance(state[key], Tensor)]
-        return [*tensors, _written(self._combine.aggregator.state_dict())]
+        return [*tensors, _written(self._combine.aggregator.state_dict(), room=self._about_bytes)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps done, the worker's momentum, and what the rule remembers."""
@@ -273,15 +276,11 @@ def _tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _written(state: Mapping[str, Any]) -> Tensor:
+def _written(state: Mapping[str, Any], *, room: int) -> Tensor:
     """Return small values as a page of JSON, always of one size; floats come back with all their bits."""
     text = json.dumps(_plain(state)).encode()
-    if len(text) > _ABOUT_BYTES:
-        raise UserError(
-            f"what the rule remembers takes {len(text)} bytes, more than the {_ABOUT_BYTES} that travel to a "
-            f"replica that is late; give it a shorter window"
-        )
-    return torch.frombuffer(bytearray(text.ljust(_ABOUT_BYTES)), dtype=torch.uint8)
+    assert len(text) <= room, f"what the rule remembers takes {len(text)} bytes, more than {room}"
+    return torch.frombuffer(bytearray(text.ljust(room)), dtype=torch.uint8)
 
 
 def _read(page: Tensor) -> dict[str, Any]:

@@ -8,6 +8,7 @@ slices are kept until the backward pass has ended, one gradient more in memory p
 Letters: N ranks, d values of a slice.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -26,6 +27,8 @@ from hardy.distributed.robust.combine import NOTHING_LEFT, Combiner, middle_loss
 from hardy.distributed.robust.slices import first_columns
 from hardy.distributed.sharded import local_part
 from hardy.distributed.strategy import Strategy
+
+logger = logging.getLogger(__name__)
 
 
 class RobustRanks(Strategy):
@@ -94,15 +97,24 @@ class RobustRanks(Strategy):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the steps done and, as far as it is small, what the rule remembers."""
+        """Return the steps done and, as far as it holds no gradients, what the rule remembers.
+
+        Columns of gradients are not saved: DDP puts parameters into another order after its first step.
+        """
         state = self._combine.aggregator.state_dict()
-        if any(isinstance(value, Tensor) for value in state.values()):
-            state = {}
-        return {"about": {"step": self._step, "rule": state}}
+        forgets = any(isinstance(value, Tensor) for value in state.values())
+        return {"about": {"step": self._step, "rule": {} if forgets else state, "forgets": forgets}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back."""
         self._step = state_dict["about"]["step"]
+        if state_dict["about"].get("forgets"):
+            logger.warning(
+                "strategy.rule=%r begins anew with the gradients that it remembers, for strategy.worker="
+                "'rank' saves none: the run goes on, but not bit for bit; take strategy.worker='replica' "
+                "where it must",
+                self._combine.aggregator.rule.name,
+            )
         if state_dict["about"]["rule"]:
             self._combine.aggregator.load_state_dict(state_dict["about"]["rule"])
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hardy.distributed.aggregation.stack import working_dtype
 from hardy.distributed.comm import Communicator
 from hardy.distributed.robust.exchange import dot
 from hardy.distributed.robust.trusted import Trusted, TrustedGradient
@@ -69,7 +70,7 @@ class Sender:
         fault = torch.where(is_finite, 0.0, math.nan)
         sent: list[Tensor] = []
         for kept, grad in zip(map(local_part, self._momentum), grads, strict=True):
-            kept.copy_(torch.where(is_finite, kept.lerp(grad.float(), 1 - self._beta), kept))
+            kept.copy_(torch.where(is_finite, kept.lerp(grad.to(kept.dtype), 1 - self._beta), kept))
             sent.append((kept + fault).to(grad.dtype))
         return sent
 
@@ -88,5 +89,5 @@ class Sender:
         return {f"{part}/{name}": x for name, x in zip(self.names, tensors, strict=True)} if tensors else {}
 
     def empty(self) -> list[Tensor]:
-        """Return fp32 zeros, laid out as the parameters."""
-        return [torch.zeros_like(param, dtype=torch.float32) for param in self.parameters]
+        """Return zeros, laid out as the parameters: fp64 where these are, else fp32."""
+        return [torch.zeros_like(param, dtype=working_dtype(param)) for param in self.parameters]

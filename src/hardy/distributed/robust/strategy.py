@@ -87,14 +87,15 @@ class Robust(Strategy):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the steps done, the workers' momentum, and what the rule remembers; all call it together."""
+        """Return the steps done, the workers' momentum, and what the rule and an attack remember; all call
+        it together."""
         if self._room is not None:
             return self._room
         plain: dict[str, Any] = {}
         small: dict[str, Tensor] = {}
         sliced: dict[str, list[Tensor]] = {}
-        for key, value in self._combine.aggregator.state_dict().items():
-            if key.startswith(("vector/", "row/")):
+        for key, value in self._combine.state_dict().items():
+            if key.startswith(("vector/", "row/", "attack/")) and isinstance(value, Tensor):
                 sliced.setdefault(key.rpartition("/")[0], []).append(value)
             elif isinstance(value, Tensor):
                 small[key] = value
@@ -131,7 +132,7 @@ class Robust(Strategy):
         self._room = room | {"about": saved["about"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it back. The rule's memory and who was believed begin anew with another number of workers."""
+        """Take it back. With another number of workers, what was kept of each of them begins anew."""
         self._room = None
         about = state_dict["about"]
         self._step = about["step"]
@@ -142,12 +143,8 @@ class Robust(Strategy):
             saved = [local_part(state_dict[f"rule/{part}/{name}"]) for name in self._sender.names]
             own = self._exchange.slices.own(saved)
             state |= {f"{part}/{i}": vector for i, vector in enumerate(own)}
-        self._combine.aggregator.load_state_dict(state)
+        self._combine.load_state_dict(state, num_workers=len(about["believed_rate"]))
         self._sender.load(state_dict)
-
-    def _flat(self, whole: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-        named = [self._sender.named(f"rule/{name}", tensors) for name, tensors in whole.items()]
-        return {key: tensor for part in named for key, tensor in part.items()}
 
     def _whole(self, slices: Sequence[Tensor]) -> list[Tensor]:
         """Return everyone's slices of a vector, laid out as the parameters."""
