@@ -1,5 +1,6 @@
 """What a run shows: readable lines, a display that moves, a summary with every promised figure."""
 
+import errno
 import io
 from dataclasses import replace
 
@@ -125,6 +126,42 @@ def test_a_log_file_is_always_written(tmp_path, kind, kinds):
     if kind == "auto":  # no terminal: plain
         hooks[1].on_start(FACTS)
         assert stream.getvalue() == describe(FACTS) + "\n"
+
+
+class Closed(io.StringIO):
+    """A stream that fails from some line on."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind", ["plain", "live"])
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "gone"), OSError(errno.EIO, "hung up")])
+def test_a_display_that_nobody_reads_ends_and_says_so_and_the_log_goes_on(tmp_path, kind, error):
+    gone = []
+    stream = Closed(error)
+    hooks = progress_hooks(
+        kind, tmp_path / "run", every_steps=5, stream=stream, reader_gone=lambda: gone.append(1)
+    )
+    for hook in hooks:
+        hook.on_phase("reading", 0.5)
+        hook.on_start(FACTS)
+        hook.on_step(record(5))
+        hook.on_end(SUMMARY)
+        hook.close()
+    assert gone == [1]
+    assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 3
+
+
+def test_another_fault_of_a_display_is_not_taken_for_that(tmp_path):
+    stream = Closed(OSError(errno.ENOSPC, "full"))
+    shown = progress_hooks("plain", tmp_path / "run", every_steps=5, stream=stream)[1]
+    with pytest.raises(OSError, match="full"):
+        shown.on_start(FACTS)
 
 
 def test_speed_does_not_count_the_first_step_of_a_resumed_run_as_all_tokens():

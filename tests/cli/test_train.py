@@ -294,7 +294,9 @@ def test_a_signal_before_training_ends_the_command(monkeypatch, tmp_path, small,
     assert errors(capsys) == "hardy: terminated\n"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_run_stopped_by_a_signal_is_saved_and_may_go_on(small, tmp_path, capsys, monkeypatch, number, code):
     real = train_module.StopSignal.__call__
 
@@ -311,3 +313,25 @@ def test_a_run_stopped_by_a_signal_is_saved_and_may_go_on(small, tmp_path, capsy
     monkeypatch.undo()
     assert main(["resume", run_dir]) == 0
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_whose_reader_went_away_is_saved_and_may_go_on(small, tmp_path, capsys):
+    """As `hardy train tiny | head -1`."""
+    run_dir = str(tmp_path / "run")
+    command = [sys.executable, "-m", "hardy", "train", "tiny", "--run-dir", run_dir, *small]
+    command += ["--log.progress", "plain", "--train.steps", "2000"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 141
+    done = json.loads((tmp_path / "run/summary.json").read_text())
+    assert done["stopped_by"] == "SIGPIPE"
+    assert said == (
+        f"hardy: what reads our output went away; saved at step {done['steps']}; go on with: hardy resume "
+        f"{run_dir}\n"
+    )
+    assert main(["resume", run_dir, "--train.steps", str(done["steps"] + 2)]) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, done["steps"] + 3))

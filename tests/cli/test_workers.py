@@ -33,6 +33,11 @@ from hardy.distributed.elastic import StoreHost
         ([-2, 130], signal.SIGINT, 130),
         ([143, -15], signal.SIGTERM, 143),
         ([1, 130], signal.SIGINT, 1),
+        ([129, 129], signal.SIGHUP, 129),
+        ([141, 0], None, 141),
+        ([141, 143], None, 141),
+        ([141, 1], None, 1),
+        ([141, 130], signal.SIGINT, 130),
     ],
 )
 def test_one_code_for_all(codes, signal_number, joint):

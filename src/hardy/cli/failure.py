@@ -5,10 +5,13 @@ FAILURE = 1
 """Something broke; the run did not come to its end."""
 USER_ERROR = 2
 """What was asked for cannot work; the text says the way out."""
+HUNG_UP = 129
+"""Ended by SIGHUP: the terminal was closed."""
 INTERRUPTED = 130
 """Ended by Ctrl-C (SIGINT)."""
 READER_GONE = 141
-"""What reads our output went away, as `head` does (SIGPIPE); the end is quiet."""
+"""What reads our output went away, as `head` does (SIGPIPE); a run is saved and says so, else the end is
+quiet."""
 TERMINATED = 143
 """Ended by SIGTERM."""
 SAID = "HARDY_SAID"
@@ -20,4 +23,4 @@ class CommandFailedError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM came where nothing was there to be saved. Exit code 143."""
+    """SIGTERM or SIGHUP came where nothing was there to be saved. Exit code 143."""

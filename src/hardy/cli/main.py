@@ -71,7 +71,7 @@ def run() -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run the command line `words` and return its exit code: 0, 1, 2, 130, 141 or 143 (see `failure`)."""
+    """Run the command line `words` and return its exit code, one of those in `failure`."""
     try:
         code = _obey(words)
         sys.stdout.flush()  # or a reader that went away would be noticed only by Python's own end

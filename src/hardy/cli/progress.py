@@ -1,5 +1,6 @@
 """How a run shows itself: a moving display on a terminal, plain lines elsewhere and in log.txt."""
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +12,35 @@ from rich.table import Table
 
 from hardy.train.hooks import Hook, RunFacts, Summary
 
+_NOBODY_READS = (errno.EPIPE, errno.EIO)
+"""What the system says of a pipe without a reader, and of a terminal that was closed."""
 
-def progress_hooks(kind: str, run_dir: Path, *, every_steps: int, stream: TextIO = sys.stdout) -> list[Hook]:
-    """Return the displays that `log.progress` asks for; log.txt is always written."""
+
+def progress_hooks(
+    kind: str,
+    run_dir: Path,
+    *,
+    every_steps: int,
+    stream: TextIO = sys.stdout,
+    reader_gone: Callable[[], None] = lambda: None,
+) -> list[Hook]:
+    """Return the displays that `log.progress` asks for; log.txt is always written.
+
+    Args:
+        kind: "live", "plain", "none", or "auto": live on a terminal.
+        run_dir: where log.txt lies.
+        every_steps: steps from line to line.
+        stream: where the run shows itself.
+        reader_gone: called when nothing can be written there any more.
+    """
     if kind == "auto":
         kind = "live" if stream.isatty() else "plain"
     hooks: list[Hook] = [PlainLines(_append_to(run_dir / "log.txt"), every_steps=every_steps)]
     if kind == "live":
-        hooks.append(LiveDisplay(Console(file=stream)))
+        hooks.append(WhileRead(LiveDisplay(Console(file=stream)), reader_gone))
     elif kind == "plain":
-        hooks.append(PlainLines(lambda line: print(line, file=stream, flush=True), every_steps=every_steps))
+        lines = PlainLines(lambda line: print(line, file=stream, flush=True), every_steps=every_steps)
+        hooks.append(WhileRead(lines, reader_gone))
     return hooks
 
 
@@ -31,6 +51,43 @@ def _append_to(path: Path) -> Callable[[str], None]:
             file.write(line + "\n")
 
     return write
+
+
+class WhileRead(Hook):
+    """A display as long as somebody reads: a pipe or terminal that was closed ends it, and not the run."""
+
+    def __init__(self, display: Hook, reader_gone: Callable[[], None]) -> None:
+        self._display = display
+        self._reader_gone = reader_gone
+
+    def on_phase(self, name: str, fraction: float) -> None:
+        """Pass it on."""
+        self._show(lambda display: display.on_phase(name, fraction))
+
+    def on_start(self, facts: RunFacts) -> None:
+        """Pass it on."""
+        self._show(lambda display: display.on_start(facts))
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        """Pass it on."""
+        self._show(lambda display: display.on_step(record))
+
+    def on_end(self, summary: Summary) -> None:
+        """Pass it on."""
+        self._show(lambda display: display.on_end(summary))
+
+    def close(self) -> None:
+        """Pass it on."""
+        self._show(lambda display: display.close())
+
+    def _show(self, what: Callable[[Hook], None]) -> None:
+        try:
+            what(self._display)
+        except (OSError, SystemExit) as error:  # rich makes the second of a broken pipe
+            if isinstance(error, OSError) and error.errno not in _NOBODY_READS:
+                raise
+            self._display = Hook()
+            self._reader_gone()
 
 
 class PlainLines(Hook):

@@ -1,4 +1,6 @@
-"""Signals during training: the first asks the loop to save and stop, the second ends the process at once."""
+"""What stops training: the first signal asks the loop to save and stop, the second ends the process at once;
+a reader of our output that goes away asks as a signal does.
+"""
 
 import os
 import signal
@@ -6,6 +8,15 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from hardy.cli.failure import Terminated
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask to stop: Ctrl-C, `kill`, a terminal that was closed."""
+
+
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """Return those of `STOPPING` that this process heeds: `nohup` has it ignore the end of its terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOPPING if number != signal.SIGHUP or not ignored)
 
 
 class StopSignal:
@@ -30,10 +41,8 @@ class StopSignal:
         return self.number
 
     def __enter__(self) -> "StopSignal":
-        """Take over SIGINT and SIGTERM."""
-        self._before = {
-            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        """Take over the signals that ask to stop."""
+        self._before = {number: signal.signal(number, self._on_signal) for number in stopping_signals()}
         return self
 
     def __exit__(
@@ -42,6 +51,11 @@ class StopSignal:
         """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def reader_gone(self) -> None:
+        """Stop as after a signal: what reads our output went away, as `head` does."""
+        if self.number is None:
+            self.number = signal.SIGPIPE
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._is_training and self.number is None:

@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from hardy.train.run import Surroundings
 
 RUNS = Path("runs")
+_ENDS = {
+    None: failure.SUCCESS,
+    "SIGHUP": failure.HUNG_UP,
+    "SIGINT": failure.INTERRUPTED,
+    "SIGPIPE": failure.READER_GONE,
+    "SIGTERM": failure.TERMINATED,
+}
+"""Exit codes, by what stopped a run."""
 
 logger = logging.getLogger(__name__)
 
@@ -146,9 +154,9 @@ def _run(
     from hardy.distributed.comm import WorkerLostError
     from hardy.train.loop import RunFailedError
 
-    hooks = _displays(config, run_dir, arguments) if me.rank == 0 else []
     is_launched = MEETING in os.environ or STORE in os.environ
     with StopSignal(launcher=os.getppid() if is_launched else None) as stop:
+        hooks = _displays(config, run_dir, arguments, stop) if me.rank == 0 else []
         try:
             summary = begin(_surroundings(config, me, arguments, hooks, stop))
         except (RunFailedError, WorkerLostError) as error:
@@ -156,11 +164,12 @@ def _run(
         finally:
             for hook in hooks:
                 hook.close()
-    if me.rank == 0:
+    if summary.stopped_by == "SIGPIPE":
+        where = f"saved at step {summary.steps}; go on with: hardy resume {run_dir}"
+        print(f"hardy: what reads our output went away; {where}", file=sys.stderr)
+    elif me.rank == 0:
         _show_summary(summary, run_dir, as_json=arguments.json)
-    if summary.stopped_by is None:
-        return failure.SUCCESS
-    return failure.INTERRUPTED if summary.stopped_by == "SIGINT" else failure.TERMINATED
+    return _ENDS[summary.stopped_by]
 
 
 def _next_run_dir(name: str, me: World) -> Path:
@@ -189,13 +198,18 @@ def _check_source(config: TrainConfig) -> None:
     open_source(config.data)
 
 
-def _displays(config: TrainConfig, run_dir: Path, arguments: argparse.Namespace) -> "list[Hook]":
+def _displays(
+    config: TrainConfig, run_dir: Path, arguments: argparse.Namespace, stop: StopSignal
+) -> "list[Hook]":
     """Return what shows and tracks the run."""
     from hardy.cli.progress import progress_hooks
     from hardy.cli.trackers import tracker_hooks
 
     stream = sys.stderr if arguments.json else sys.stdout
-    shown = progress_hooks(config.log.progress, run_dir, every_steps=config.log.every_steps, stream=stream)
+    lines, every_steps = config.log.progress, config.log.every_steps
+    shown = progress_hooks(
+        lines, run_dir, every_steps=every_steps, stream=stream, reader_gone=stop.reader_gone
+    )
     return shown + tracker_hooks(config.log.trackers, run_dir, project=config.log.project)
 
 

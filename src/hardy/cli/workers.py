@@ -18,7 +18,8 @@ from types import FrameType
 from typing import Protocol
 
 from hardy.cli.environment import MEETING, REPLICA_SIZE, RESTARTS, STORE
-from hardy.cli.failure import FAILURE, SAID, SUCCESS, USER_ERROR
+from hardy.cli.failure import FAILURE, READER_GONE, SAID, SUCCESS, USER_ERROR
+from hardy.cli.stop import stopping_signals
 from hardy.cli.team import Running, Team, is_told, tell
 
 GRACE_S = 20.0
@@ -31,8 +32,8 @@ POLL_S = 0.05
 def run_workers(num_workers: int, arguments: Sequence[str]) -> int:
     """Run `python -m hardy ARGUMENTS` in `num_workers` processes and return one exit code for all.
 
-    SIGINT and SIGTERM are handed on, and the workers may take their time to save. When a worker fails, the
-    others are told to end.
+    SIGINT, SIGTERM and SIGHUP are handed on, and the workers may take their time to save. When a worker
+    fails, the others are told to end.
     """
     with tempfile.TemporaryDirectory(prefix="hardy-workers-") as folder, forwarded_signals() as received:
         workers: list[subprocess.Popen[bytes]] = []
@@ -251,22 +252,26 @@ def joint_code(codes: Sequence[int], signal_number: int | None) -> int:
     if not any(codes):
         return SUCCESS
     stopping = {signal.SIGTERM, signal_number or signal.SIGTERM}  # SIGTERM: what we send when one has failed
-    told_to_stop = {SUCCESS} | {-number for number in stopping} | {128 + number for number in stopping}
+    told_to_stop = (
+        {SUCCESS, READER_GONE} | {-number for number in stopping} | {128 + number for number in stopping}
+    )
     own = [code for code in codes if code not in told_to_stop]
     if own:
         return USER_ERROR if all(code == USER_ERROR for code in own) else FAILURE
-    return 128 + signal_number if signal_number else FAILURE
+    if signal_number:
+        return 128 + signal_number
+    return READER_GONE if READER_GONE in codes else FAILURE
 
 
 @contextmanager
 def forwarded_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list, to be handed on, instead of ending."""
+    """Collect the signals that ask to stop in a list, to be handed on, instead of ending."""
     received: list[int] = []
 
     def remember(number: int, _frame: FrameType | None) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, remember) for number in stopping_signals()}
     try:
         yield received
     finally:
