@@ -183,15 +183,14 @@ def _sign_spec(shard: Shard, group: Group, name: str) -> StateSpec:
 
 def _schedules(group: Group, step: Tensor) -> tuple[Tensor, Tensor]:
     """Return beta1 and beta2 of the step about to be taken, in fp64."""
-    count = step.double() + 1
-    beta1 = (
-        torch.zeros_like(count)
-        if group["beta1"] is None
-        else group["beta1"] * group["growth_rate"] ** (count - 1)
-    )
-    if group["beta1"] is not None:
-        beta1 = beta1.clamp(min=group["beta1_floor"])
-    return beta1, 1 - count ** group["decay_rate"]
+    before = step.double()
+    if group["beta1"] is None:
+        beta1 = torch.zeros_like(before)
+    else:
+        beta1 = group["beta1"] * group["growth_rate"] ** before
+        if group["beta1_floor"] > 0:
+            beta1 = beta1.clamp(min=group["beta1_floor"])
+    return beta1, 1 - (before + 1) ** group["decay_rate"]
 
 
 def _coefficients(bundle: Bundle, active: Tensor, step: Tensor) -> Tensor:
@@ -265,15 +264,22 @@ def _sweep(bundle: Bundle, coefficients: Tensor, step: Tensor) -> Tensor:
 
 def _commit_factors(bundle: Bundle, sums: Tensor, commit: Tensor) -> None:
     """Replace the factors by the new sums, columns as shares of their total, where the step counts."""
-    keys = [key for key in ("row_m", "col_m", "row_v", "col_v") if key in bundle.members[0].local]
-    sizes = [bundle.members[0].local[key].shape[-1] for key in keys]
-    counts = commit.view(-1, 1, 1) > 0
-    for key, new in zip(keys, sums[..., :-1].split(sizes, dim=-1), strict=True):
+    members = bundle.members
+    keys = [key for key in ("row_m", "col_m", "row_v", "col_v") if key in members[0].local]
+    sizes = [members[0].local[key].shape[-1] for key in keys]
+    pieces = list(sums[..., :-1].split(sizes, dim=-1))
+    for place, key in enumerate(keys):
         if key.startswith("col_"):
-            total = new.sum(-1, keepdim=True)
-            new = torch.where(total > 0, new / total, new)
-        old = bundle.stacked(key)
-        bundle.write_back(key, torch.where(counts, new, old.view(new.shape)).view(old.shape))
+            total = pieces[place].sum(-1, keepdim=True)
+            pieces[place] = torch.where(total > 0, pieces[place] / total, pieces[place])
+    # All factors in one launch of each kind: on a GPU these small ones take longer to start than to run.
+    new = torch.cat(pieces, dim=-1)
+    old = torch.cat([member.local[key] for member in members for key in keys], dim=-1)
+    old = old.view(new.shape[1], len(members), -1).transpose(0, 1)
+    factors = torch.where(commit.view(-1, 1, 1) > 0, new, old)
+    held = [member.local[key] for key in keys for member in members]
+    parts = [one.view(held[0].shape[:-1] + one.shape[-1:]) for x in factors.split(sizes, -1) for one in x]
+    torch._foreach_copy_(held, parts)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _sweep_dense(bundle: Bundle, coefficients: Tensor, step: Tensor) -> None:
