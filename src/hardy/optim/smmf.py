@@ -263,22 +263,24 @@ def _sweep(bundle: Bundle, coefficients: Tensor, step: Tensor) -> Tensor:
 
 
 def _commit_factors(bundle: Bundle, sums: Tensor, commit: Tensor) -> None:
-    """Replace the factors by the new sums, columns as shares of their total, where the step counts."""
+    """Replace the factors by the new sums, columns as shares of their total, where the step counts.
+
+    The sums are used up.
+    """
     members = bundle.members
     keys = [key for key in ("row_m", "col_m", "row_v", "col_v") if key in members[0].local]
     sizes = [members[0].local[key].shape[-1] for key in keys]
-    pieces = list(sums[..., :-1].split(sizes, dim=-1))
-    for place, key in enumerate(keys):
+    new = sums[..., :-1]
+    for key, part in zip(keys, new.split(sizes, dim=-1), strict=True):
         if key.startswith("col_"):
-            total = pieces[place].sum(-1, keepdim=True)
-            pieces[place] = torch.where(total > 0, pieces[place] / total, pieces[place])
+            total = part.sum(-1, keepdim=True)
+            part.copy_(torch.where(total > 0, part / total, part))
     # All factors in one launch of each kind: on a GPU these small ones take longer to start than to run.
-    new = torch.cat(pieces, dim=-1)
     old = torch.cat([member.local[key] for member in members for key in keys], dim=-1)
     old = old.view(new.shape[1], len(members), -1).transpose(0, 1)
-    factors = torch.where(commit.view(-1, 1, 1) > 0, new, old)
+    torch.where(commit.view(-1, 1, 1) > 0, new, old, out=old)
     held = [member.local[key] for key in keys for member in members]
-    parts = [one.view(held[0].shape[:-1] + one.shape[-1:]) for x in factors.split(sizes, -1) for one in x]
+    parts = [one.view(held[0].shape[:-1] + one.shape[-1:]) for x in old.split(sizes, -1) for one in x]
     torch._foreach_copy_(held, parts)  # pyright: ignore[reportPrivateImportUsage]
 
 
