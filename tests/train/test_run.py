@@ -139,7 +139,7 @@ def test_a_guard_and_a_schedule_may_come_and_go_at_a_resume(make_config, around,
     assert len(controlled(tmp_path / "run")) == 14
 
 
-def test_a_run_without_checkpoint_starts_over(whole, make_config, around, tmp_path):
+def test_a_run_without_checkpoint_starts_over_and_says_so(whole, make_config, around, tmp_path, caplog):
     class Crash(Hook):
         def on_step(self, record):
             if record["step"] == 1:
@@ -147,8 +147,24 @@ def test_a_run_without_checkpoint_starts_over(whole, make_config, around, tmp_pa
 
     with pytest.raises(RuntimeError, match="power cut"):
         start(make_config(), tmp_path / "run", around(Crash()))
+    assert not caplog.text
     resume(tmp_path / "run", around())
+    assert f"there is no checkpoint in {tmp_path / 'run' / 'checkpoints'}: the run begins anew" in caplog.text
     assert losses(tmp_path / "run") == losses(whole[0])
+
+
+@pytest.mark.parametrize(("name", "kind"), [("metrics.jsonl", "file"), ("checkpoints", "folder")])
+def test_what_stands_in_the_wrong_place_is_named_and_kept(make_config, around, tmp_path, name, kind):
+    start(make_config(), tmp_path / "run", around())
+    (tmp_path / "run" / name).rename(tmp_path / "aside")
+    path = tmp_path / "run" / name
+    path.mkdir() if kind == "file" else path.write_text("mine")
+    with pytest.raises(UserError, match=f"{name} is no {kind}, .*put the {kind} back"):
+        resume(tmp_path / "run", around(), config=make_config(train__steps=8))
+    assert path.is_dir() if kind == "file" else path.read_text() == "mine"
+    path.rmdir() if kind == "file" else path.unlink()
+    (tmp_path / "aside").rename(path)
+    assert resume(tmp_path / "run", around(), config=make_config(train__steps=8)).steps == 8
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(

@@ -104,6 +104,22 @@ class RunFolder:
                 f"--run-dir"
             )
 
+    def check_parts(self) -> None:
+        """Refuse a run in which a file stands where a folder should, or the reverse.
+
+        Raises:
+            UserError: metrics.jsonl is no file, or checkpoints no folder.
+        """
+        for path, is_right, kind in (
+            (self.metrics_file, self.metrics_file.is_file(), "file"),
+            (self.checkpoints, self.checkpoints.is_dir(), "folder"),
+        ):
+            if path.exists() and not is_right:
+                raise UserError(
+                    f"{path} is no {kind}, so the run cannot go on; put the {kind} back, or move away what "
+                    f"stands there, and `hardy resume {self.path}`"
+                )
+
     def create(self, config: TrainConfig, *, command: Sequence[str], num_workers: int = 1) -> None:
         """Make the folder of a new run; refuses as `check_new` does."""
         self.check_new(config)

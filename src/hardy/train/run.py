@@ -93,6 +93,7 @@ def resume(run_dir: Path, around: Surroundings, *, config: TrainConfig | None = 
     """
     folder = RunFolder(run_dir)
     config = config or folder.read_config()
+    folder.check_parts()
     with ExitStack() as held:
         if around.world.rank == 0:
             held.enter_context(folder.locked())
@@ -322,7 +323,13 @@ def load_newest(
         first: opens the first replica's, from which a run goes on with more replicas.
     """
     store, checkpoint = _newest(store, assembly, first)
-    return Progress() if checkpoint is None else _load(store, checkpoint, assembly, folder)
+    if checkpoint is not None:
+        return _load(store, checkpoint, assembly, folder)
+    if assembly.worker.world.rank == 0 and folder.metrics_file.exists():
+        logger.warning(
+            "there is no checkpoint in %s: the run begins anew, and metrics.jsonl with it", store.folder
+        )
+    return Progress()
 
 
 def _load(store: CheckpointStore, checkpoint: Checkpoint, assembly: Assembly, folder: RunFolder) -> Progress:
