@@ -29,14 +29,15 @@ def make_model():
 
 def loss_of(model, seed, rows=8):
     x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+    x = x.to(next(model.parameters()).dtype)
     return nn.functional.mse_loss(model(x), x.sum(1, keepdim=True))
 
 
 class Side:
     """One worker's side of a run."""
 
-    def __init__(self, comm, config, *, lr=0.1):
-        self.comm, self.model = comm, make_model()
+    def __init__(self, comm, config, *, lr=0.1, dtype=torch.float32):
+        self.comm, self.model = comm, make_model().to(dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr)
         self.grid = split(comm, replicas=comm.size, shards=1)
         trained = Trained(
@@ -295,37 +296,16 @@ def gone_on(config, *, size, other_size=None, other_config=None, dtype=torch.flo
     """Return what 3 workers of a run and of one that takes its state over do at the next steps."""
     saved = {}
 
-    def step(side, t):
-        side.strategy.before_forward()
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * t + side.comm.rank)).to(dtype)
-        nn.functional.mse_loss(side.model(x), x.sum(1, keepdim=True)).backward()
-        side.strategy.reduce_gradients()
-        reduced = torch.cat([param.grad.flatten() for param in side.model.parameters()])
-        side.optimizer.step()
-        side.strategy.after_step()
-        side.optimizer.zero_grad()
-        return reduced
-
-    def make(comm, config):
-        model = make_model().to(dtype)
-        grid = split(comm, replicas=comm.size, shards=1)
-        side = Side.__new__(Side)
-        side.comm, side.model = comm, model
-        side.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        trained = Trained(model=model, optimizer=side.optimizer, unit_names=["0", "2"], comm=comm, grid=grid)
-        side.strategy = build_strategy(config, trained)
-        return side
-
     def first(comm):
-        side = make(comm, config)
+        side = Side(comm, config, dtype=dtype)
         for t in range(4):
-            step(side, t)
+            side.step(t)
         weights, state = copy.deepcopy((side.model.state_dict(), side.strategy.state_dict()))
         saved[comm.rank] = (weights, state)
-        return [step(side, t) for t in range(4, 8)]
+        return [side.step(t) for t in range(4, 8)]
 
     def second(comm):
-        side = make(comm, other_config or config)
+        side = Side(comm, other_config or config, dtype=dtype)
         weights, state = saved[comm.rank % size]
         side.model.load_state_dict(weights)
         side.strategy.expect({key: value for key, value in state.items() if not torch.is_tensor(value)})
@@ -334,7 +314,7 @@ def gone_on(config, *, size, other_size=None, other_config=None, dtype=torch.flo
             if torch.is_tensor(value):
                 value.copy_(state[key])
         side.strategy.load_state_dict(room)
-        return [step(side, t) for t in range(4, 8)]
+        return [side.step(t) for t in range(4, 8)]
 
     return SimWorld(size).run(first), SimWorld(other_size or size).run(second)
 
