@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "smmf": lambda model: SMMF(model.named_parameters(), lr=0.1),
     "adamw": lambda model: AdaptiveAdamW(model.named_parameters(), lr=0.1),
     "routed": lambda model: make_optimizer(model, "apollo", rank=2, lr=0.1),
+    "together": lambda model: make_optimizer(model, "muon", rules=[("c", "adamw", {})], lr=0.1),
 }
 
 
@@ -54,7 +55,8 @@ def test_a_model_that_lists_its_layers_in_another_order_resumes_bit_for_bit(buil
     else:
         saved = copy.deepcopy(get_optimizer_state_dict(first, before))
         set_optimizer_state_dict(second, after, saved)
-    assert after.param_groups[0]["param_names"] == [name for name, _ in second.named_parameters()]
+    for group in after.param_groups:
+        assert [dict(second.named_parameters())[name] for name in group["param_names"]] == group["params"]
     got = train(second, after, range(3, 6))
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
@@ -76,13 +78,27 @@ def test_without_names_the_order_decides(names):
     assert in_our_order(ours, saved)[0]["params"] == [0, 1]
 
 
-def test_a_parameter_that_is_in_another_group_now_is_refused():
-    model = net("a", "b")
-    (a, x), (b, y) = model.named_parameters()
-    optimizer = SMMF([{"params": [(a, x)]}, {"params": [(b, y)], "lr": 0.5}])
+def test_groups_in_another_order_are_found_by_their_names():
+    model = net("a", "b", "c")
+    (_, _, c) = named = list(model.named_parameters())
+    optimizer = SMMF([{"params": named[:2]}, {"params": [c], "lr": 0.5}])
     train(model, optimizer, range(1))
-    other = SMMF([{"params": [(b, y)]}, {"params": [(a, x)], "lr": 0.5}])
-    with pytest.raises(ValueError, match=r"parameter [ab].weight is in group \d and was saved in group \d"):
+    other = SMMF([{"params": [c]}, {"params": named[:2]}])
+    other.load_state_dict(optimizer.state_dict())
+    assert [(group["param_names"], group["lr"]) for group in other.param_groups] == [
+        (["c.weight"], 0.5),
+        (["a.weight", "b.weight"], 0.001),
+    ]
+    assert torch.equal(other.state[c[1]]["row_v"], optimizer.state[c[1]]["row_v"])
+
+
+def test_a_parameter_that_is_in_another_group_now_is_refused():
+    model = net("a", "b", "c")
+    a, b, c = model.named_parameters()
+    optimizer = SMMF([{"params": [a, b]}, {"params": [c]}])
+    train(model, optimizer, range(1))
+    other = SMMF([{"params": [a, c]}, {"params": [b]}])
+    with pytest.raises(ValueError, match=r"parameter [bc].weight is in group \d and was saved in group \d"):
         other.load_state_dict(optimizer.state_dict())
     assert not other.state
 

@@ -9,14 +9,11 @@ from typing import Any
 
 from hardy.cli.failure import Terminated
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Signals that ask to stop: Ctrl-C, `kill`, a terminal that was closed."""
-
 
 def stopping_signals() -> tuple[signal.Signals, ...]:
-    """Return those of `STOPPING` that this process heeds: `nohup` has it ignore the end of its terminal."""
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return tuple(number for number in STOPPING if number != signal.SIGHUP or not ignored)
+    """Return the signals that ask to stop: Ctrl-C, `kill`, and but for `nohup` the end of the terminal."""
+    hears_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hears_terminal else ()))
 
 
 class StopSignal:

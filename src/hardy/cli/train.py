@@ -206,11 +206,11 @@ def _displays(
     from hardy.cli.trackers import tracker_hooks
 
     stream = sys.stderr if arguments.json else sys.stdout
-    lines, every_steps = config.log.progress, config.log.every_steps
+    log = config.log
     shown = progress_hooks(
-        lines, run_dir, every_steps=every_steps, stream=stream, reader_gone=stop.reader_gone
+        log.progress, run_dir, every_steps=log.every_steps, stream=stream, reader_gone=stop.reader_gone
     )
-    return shown + tracker_hooks(config.log.trackers, run_dir, project=config.log.project)
+    return shown + tracker_hooks(log.trackers, run_dir, project=log.project)
 
 
 def _surroundings(

@@ -11,11 +11,12 @@ log = logging.getLogger(__name__)
 
 
 def in_our_order(groups: list[Group], state_dict: Mapping[str, Any]) -> list[Group]:
-    """Return the groups of saved state, their parameters in the order of the optimizer's.
+    """Return the groups of saved state, they and their parameters in the order of the optimizer's.
 
     Torch numbers parameters by their place, so a model that lists them in another order would take over
-    state of others. Within a group equal names belong together; what is left on both sides was renamed and
-    is matched by order. Torch's distributed checkpoint numbers by name and in our order already.
+    state of others. Groups that share a name and, within a group, equal names belong together; what is left
+    on both sides was renamed and is matched by order. Torch's distributed checkpoint numbers by name and in
+    our order already.
 
     Args:
         groups: those of the optimizer.
@@ -25,13 +26,17 @@ def in_our_order(groups: list[Group], state_dict: Mapping[str, Any]) -> list[Gro
         ValueError: other kinds or numbers of parameters, or a name that is in another group now.
     """
     saved: list[Group] = state_dict["param_groups"]
+    now, then = _group_of_names(groups), _group_of_names(saved)
+    places = [next((then[name] for name in _names(group) if name in then), -1) for group in groups]
+    if sorted(places) == list(range(len(saved))):
+        saved = [saved[place] for place in places]
+        then = _group_of_names(saved)
     ours, theirs = ([(g.get("kind"), len(g["params"])) for g in some] for some in (groups, saved))
     if ours != theirs:
         raise ValueError(
             f"the saved state has groups of (kind, number of parameters) {theirs}, the optimizer has {ours}; "
             f"build it as for the saved run"
         )
-    now, then = _group_of_names(groups), _group_of_names(saved)
     for name in now.keys() & then.keys():
         if now[name] != then[name]:
             raise ValueError(

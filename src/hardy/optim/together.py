@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hardy.optim._saved import in_our_order
+
 _ABOUT_GROUP = frozenset({"params", "param_names", "kind", "role"})
 
 
@@ -87,11 +89,12 @@ class Together(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned, each part its own.
+        """Load what `state_dict` returned, each part its own; parameters are matched by name (`_saved.py`).
 
         Raises:
             ValueError: the groups are not those of these optimizers, or a part refuses its state.
         """
+        state_dict = {**state_dict, "param_groups": in_our_order(self.param_groups, state_dict)}
         # The groups alone: they are checked and hooks are run; state follows by part, which knows its dtypes.
         super().load_state_dict({**state_dict, "state": {}})
         for part, groups in self._lent():

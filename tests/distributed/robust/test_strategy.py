@@ -293,7 +293,7 @@ def test_parameters_without_a_gradient_count_as_zeros():
 
 
 def gone_on(config, *, size, other_size=None, other_config=None, dtype=torch.float32):
-    """Return what 3 workers of a run and of one that takes its state over do at the next steps."""
+    """Return what the workers of a run and of one that takes its state over do at the next steps."""
     saved = {}
 
     def first(comm):
